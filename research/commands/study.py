@@ -1,0 +1,49 @@
+"""distill study: run every cell of a study (arms x levels x seeds), then write its results and verdict.
+
+  distill study experiments/mnist_soft_targets
+  distill study experiments/mnist_soft_targets hydra/launcher=joblib hydra.launcher.n_jobs=2
+  distill study experiments/mnist_soft_targets preset=smoke
+
+Finished cells are skipped, an interrupted one goes on from its checkpoint: run the same command again after a kill.
+"""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+GROUPS = "hydra/launcher"
+
+
+def study_folder(folder: str | None) -> Path:
+    """The folder of a study. Raises ConfigError where it is not given or holds no study.yaml."""
+    from research.errors import ConfigError
+
+    known = ", ".join(sorted(str(path.parent) for path in Path("experiments").glob("*/study.yaml"))) or "none here"
+    if not folder:
+        raise ConfigError(f"which study? give its folder, one of: {known}")
+    if not (Path(folder) / "study.yaml").exists():
+        raise ConfigError(f"{folder} holds no study.yaml; expected one of: {known}")
+    return Path(folder)
+
+
+def task(cfg: DictConfig) -> None:
+    """Run one study and report it."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from research.results.report import build_report
+    from research.sweeps.study_runner import StudyRunner
+
+    folder = study_folder(cfg.folder)
+    chosen = [text for text in HydraConfig.get().overrides.hydra if text.startswith(("hydra/launcher", "hydra.launcher"))]
+    runner = StudyRunner(
+        folder,
+        runs_dir=Path(cfg.runs_dir or f"{cfg.paths.output_dir}/studies/{folder.name}/{cfg.preset or 'runs'}"),
+        shared_dir=Path(cfg.paths.output_dir) / "shared",
+        preset=cfg.preset,
+        extra=list(cfg.overrides),
+        launcher=chosen,
+    )
+    runner.run()
+    if cfg.report:
+        for path in build_report(folder, cfg.preset).values():
+            print(path)

@@ -1,0 +1,29 @@
+"""distill train: fit one student, evaluate it once, leave one record.
+
+  distill train                                                   a small network on scikit-learn's digits
+  distill train experiment=mnist_soft_target method.temperature=4 seed=1
+  distill train -m experiment=mnist_soft_target seed=0,1,2 method.temperature=2,8,20
+  distill train ckpt_path=last hydra.run.dir=FOLDER               go on with an interrupted run, in its own folder
+  distill train experiment=mnist_hard trainer=smoke               any experiment, shrunk to seconds
+  distill train debug=fast | debug=overfit | debug=profile
+  distill train --cfg job --resolve                               print the composed config and stop
+"""
+
+from omegaconf import DictConfig
+
+GROUPS = "data model@student teacher teacher@reference signal_transform method optimizer scheduler trainer logger experiment debug"
+SHOWN = ("errors", "accuracy", "nll", "ece", "agreement_at_1", "kl_teacher_student")
+
+
+def task(cfg: DictConfig) -> float | None:
+    """Run one training job; returns the metric named by `monitor` where it was measured, for sweeps."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from research.sweeps.jobs import train_job
+
+    metrics = train_job(cfg).metrics
+    for name, value in metrics.items():
+        if name.split("/")[-1] in SHOWN:
+            print(f"{name:32s} {value:.6g}")
+    print(f"record: {HydraConfig.get().runtime.output_dir}/run.json")
+    return metrics.get(cfg.monitor)

@@ -1,0 +1,57 @@
+"""Exact resume: where the trainer stands in the data, and how a checkpoint goes back to its last finished step."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+
+from research.data.loader import Place
+
+
+@dataclass(frozen=True)
+class TrainerPlace:
+    """Where the trainer's fit loop stands: (epoch, micro-batches processed in it); the ``where`` of a loader.
+
+    Taken from the loop's total of *processed* micro-batches alone, the one count that a checkpoint keeps, no restart
+    rewinds, and that rises only after the step. The loop's epoch number is not reliable after a resume (it runs one
+    ahead where a ``max_steps`` run was saved at the end of an epoch), and a loader's own count cannot know that the
+    step of a batch it handed out raised.
+
+    Raises ValueError where a limit cuts an epoch within an optimizer step: that step's ``step_rows`` would be wrong.
+    """
+
+    trainer: L.Trainer
+    micro_batches: int
+
+    def __call__(self) -> Place:
+        per_epoch = int(self.trainer.num_training_batches)
+        if per_epoch % self.micro_batches and not getattr(self.trainer, "fast_dev_run", False):
+            raise ValueError(
+                f"limit_train_batches (or overfit_batches) ends the epoch after {per_epoch} micro-batches, within an"
+                f" optimizer step: give a multiple of accumulate_grad_batches={self.micro_batches}"
+            )
+        total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return divmod(int(total.processed), per_epoch)
+
+
+def rewind_to_last_step(checkpoint: dict[str, Any], micro_batches: int) -> int:
+    """Take back, in a checkpoint's loop counters, the micro-batches of an unfinished optimizer step.
+
+    A run that is interrupted between two micro-batches of one step loses the gradient accumulated so far, as gradients
+    are in no checkpoint. Resumed as it stands, its next step would hold the rest of the micro-batches alone. After this
+    the whole step comes again, from weights that it has not touched yet: the resume is exact. Call it on every saved
+    checkpoint (``LightningModule.on_save_checkpoint``); at the end of a step it changes nothing.
+
+    Returns how many micro-batches were taken back.
+    """
+    fit_loop = checkpoint["loops"]["fit_loop"]
+    progress = fit_loop["epoch_loop.batch_progress"]
+    unfinished = int(progress["current"]["processed"]) % micro_batches
+    if unfinished == 0 or progress["is_last_batch"]:
+        return 0
+    for counts in (progress["current"], progress["total"]):
+        done = int(counts["processed"]) - unfinished
+        counts.update(ready=done, started=done, processed=done, completed=done)
+    for state in fit_loop["state_dict"].get("combined_loader", []):
+        state["position"] -= unfinished
+    return unfinished

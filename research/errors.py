@@ -1,0 +1,25 @@
+"""Errors a user can act on. The command line prints their message alone; anything else keeps its traceback."""
+
+
+class ConfigError(ValueError):
+    """A configuration value or key that cannot be used: names the key, what was given and what is valid."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint, run folder or weights file that does not fit what it is loaded into."""
+
+
+class CacheError(ValueError):
+    """A signal cache that was not made for this teacher, these data or this view."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss stopped being finite; the message holds the step and the batch's indices."""
+
+
+class Preempted(RuntimeError):
+    """The run was asked to stop by a signal and can be resumed; ``exit_code`` is 128 + the signal's number."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,51 @@
+"""Cross-entropy with true classes."""
+
+import torch
+from torch import Tensor
+
+from research.losses.logprobs import tempered_logprobs, working_dtype
+from research.losses.reduce import fill_masked_rows, masked_sum
+from research.records import LossSum
+
+
+def cross_entropy(
+    logits_NV: Tensor, label_N: Tensor, loss_mask_N: Tensor | None = None, label_smoothing: float = 0.0
+) -> LossSum:
+    """``-sum_i y_i log softmax(logits)_i`` in nats, summed over trained positions.
+
+    ``y`` is the one-hot label mixed with the uniform distribution over all V classes:
+    ``(1 - label_smoothing) onehot + label_smoothing / V`` (Szegedy et al. 2016). ``label_N`` holds integers in [0, V);
+    where ``loss_mask_N`` is False it may hold any integer and the row any float, and neither adds to loss or gradient.
+    No label value has a meaning of its own: -100 at a trained position is an error. Temperature 1.
+
+    Raises ValueError on shapes that disagree, label_smoothing outside [0, 1), and (checked on the CPU only, a check on
+    an accelerator would wait for it) a trained label outside [0, V); TypeError on labels that are not integers.
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing!r}: expected a number from 0 up to but not including 1")
+    if label_N.is_floating_point() or label_N.dtype == torch.bool:
+        raise TypeError(f"labels have dtype {label_N.dtype}: expected integer class ids")
+    if label_N.shape != logits_NV.shape[:-1]:
+        raise ValueError(
+            f"labels have shape {tuple(label_N.shape)} for logits of shape {tuple(logits_NV.shape)}: expected one "
+            f"label for each row, {tuple(logits_NV.shape[:-1])}"
+        )
+    logits_NV = fill_masked_rows(logits_NV, loss_mask_N)
+    label_N1 = fill_masked_rows(label_N.long().unsqueeze(-1), loss_mask_N, 0)
+    _check_labels(label_N1, logits_NV.shape[-1])
+    logprobs_NV = tempered_logprobs(logits_NV, 1.0, working_dtype(logits_NV))
+    loss_N = -logprobs_NV.gather(-1, label_N1).squeeze(-1)
+    if label_smoothing > 0:
+        loss_N = (1 - label_smoothing) * loss_N - label_smoothing * logprobs_NV.mean(dim=-1)
+    return masked_sum(loss_N, loss_mask_N)
+
+
+def _check_labels(label_N1: Tensor, num_classes: int) -> None:
+    if label_N1.device.type != "cpu" or label_N1.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = int(label_N1.min()), int(label_N1.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"trained labels run from {low} to {high}, the logits have {num_classes} classes: expected labels from 0 "
+            f"to {num_classes - 1}; take positions without a label out with loss_mask"
+        )

@@ -1,0 +1,130 @@
+"""Per-item files: one per run (every column), and one per study (predictions only, small enough to commit)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from research.results.record import write_atomic
+
+REQUIRED_COLUMNS = ("index", "label", "prediction")
+_KEPT = ("index", "label")
+
+
+def write_items(path: str | Path, columns: Mapping[str, np.ndarray]) -> Path:
+    """Writes one row per item as zstd parquet; the same columns give the same bytes.
+
+    Needs ``index``, ``label``, ``prediction`` and equal lengths; further columns (teacher_prediction, nll in nats, ...)
+    are kept as given. Raises ValueError otherwise, and where an index is given twice.
+    """
+    path = Path(path)
+    missing = [name for name in REQUIRED_COLUMNS if name not in columns]
+    lengths = {name: np.shape(column) for name, column in columns.items()}
+    if missing:
+        raise ValueError(f"{path.name}: the columns {missing} are missing; given {sorted(columns)}")
+    if len(set(lengths.values())) != 1 or len(lengths["index"]) != 1:
+        raise ValueError(f"{path.name}: every column is one value per item; given shapes {lengths}")
+    if len(np.unique(columns["index"])) != len(columns["index"]):
+        raise ValueError(f"{path.name}: an index stands for one item; some index is given twice")
+    _write(path, {name: np.asarray(column) for name, column in columns.items()}, {})
+    return path
+
+
+def read_items(path: str | Path) -> dict[str, np.ndarray]:
+    """Every column of a per-item file, in file order."""
+    return _read(Path(path))[0]
+
+
+@dataclass(frozen=True)
+class StudyItems:
+    """The predictions of all runs of a study on one split.
+
+    index_I, label_I   stable ids in rising order, and their true classes
+    predictions        cell or requirement key -> predicted classes, one per item of ``index_I``
+    """
+
+    split: str
+    index_I: np.ndarray
+    label_I: np.ndarray
+    predictions: Mapping[str, np.ndarray]
+
+    def wrong(self, key: str) -> np.ndarray:
+        """Boolean, one per item: the prediction differs from the label."""
+        return np.asarray(self.predictions[key] != self.label_I)
+
+
+def pack_items(split: str, runs: Mapping[str, Mapping[str, np.ndarray]]) -> StudyItems:
+    """Joins the runs' item columns by ``index``; raises ValueError where runs differ in items or labels."""
+    if not runs:
+        raise ValueError("no run has items; nothing to pack")
+    index, labels = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    predictions: dict[str, np.ndarray] = {}
+    for key in sorted(runs):
+        order = np.argsort(runs[key]["index"], kind="stable")
+        own_index, own_labels = runs[key]["index"][order], runs[key]["label"][order]
+        if not predictions:
+            index, labels = own_index, own_labels
+        elif not np.array_equal(own_index, index):
+            raise ValueError(
+                f"{key}: its items of split {split!r} are not those of {next(iter(predictions))}; "
+                "runs of one study are scored on the same items"
+            )
+        elif not np.array_equal(own_labels, labels):
+            raise ValueError(f"{key}: its labels of split {split!r} differ from those of {next(iter(predictions))}")
+        predictions[key] = runs[key]["prediction"][order]
+    return StudyItems(split, index, labels, predictions)
+
+
+def write_study_items(path: str | Path, items: StudyItems) -> Path:
+    """Writes ``items.parquet``: index, label and one prediction column per key, in the narrowest unsigned type."""
+    path = Path(path)
+    columns = {"index": _narrow(items.index_I), "label": _narrow(items.label_I)}
+    columns |= {key: _narrow(items.predictions[key]) for key in sorted(items.predictions)}
+    _write(path, columns, {"split": items.split})
+    return path
+
+
+def read_study_items(path: str | Path) -> StudyItems:
+    """The packed file of a study; raises ValueError where it is not one."""
+    path = Path(path)
+    columns, metadata = _read(path)
+    if "split" not in metadata or any(name not in columns for name in _KEPT):
+        raise ValueError(
+            f"{path}: not a packed study file; expected the columns index, label and a split in its metadata"
+        )
+    predictions = {name: column for name, column in columns.items() if name not in _KEPT}
+    return StudyItems(metadata["split"], columns["index"], columns["label"], predictions)
+
+
+def _narrow(column: np.ndarray) -> np.ndarray:
+    """The same whole numbers as the smallest unsigned type that holds them."""
+    if column.dtype.kind not in "iub" or (column.size and column.min() < 0):
+        raise ValueError(f"expected whole numbers >= 0; given dtype {column.dtype}")
+    return column.astype(np.min_scalar_type(int(column.max()) if column.size else 0))
+
+
+def _write(path: Path, columns: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table({name: pyarrow.array(column) for name, column in columns.items()})
+    sink = pyarrow.BufferOutputStream()
+    # row statistics would cost more than the rows here: a 10,000-item column of classes packs to some kilobytes
+    options: dict[str, Any] = {"compression": "zstd", "compression_level": 19, "write_statistics": False}
+    parquet.write_table(table.replace_schema_metadata(dict(metadata)), sink, **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, sink.getvalue().to_pybytes())
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(path, pre_buffer=False).read(use_threads=False)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a readable parquet file ({error})") from error
+    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    return {name: table.column(name).to_numpy() for name in table.column_names}, metadata

@@ -1,0 +1,161 @@
+"""``build_report``: everything a reader sees of a study, rebuilt from its committed records alone, byte for byte."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from research.results.collect import ITEMS_FILE, CommittedRuns, read_committed, results_folder
+from research.results.comparison import Comparison, compare, resampled_operands, verdict_for
+from research.results.comparison_spec import ComparisonSpec
+from research.results.figure import write_figure
+from research.results.items import read_study_items
+from research.results.panel import Panel
+from research.results.plot import plot_of, summaries
+from research.results.readme import new_readme, results_block, sentence_for, with_results
+from research.results.record import json_ready, write_changed
+from research.results.statistics import ArmSummary, holm, summarise
+from research.results.study import Study, cells
+from research.results.study_file import read_study
+from research.results.table import csv_bytes, table_columns, tidy_rows
+
+VERDICT_KEYS = (
+    "study", "claim", "verdict", "reason", "metric", "arms", "requires", "comparison", "secondary", "published",
+    "command", "revision", "seconds", "missing",
+)  # fmt: skip
+
+
+def study_command(study: Study, preset: str | None = None) -> str:
+    """The command line that runs the study."""
+    return f"distill study experiments/{study.name}" + (f" preset={preset}" if preset else "")
+
+
+def build_report(study_dir: str | Path, preset: str | None = None) -> dict[str, Path]:
+    """Writes results.csv, verdict.json, figure.svg, figure.png and the results block of README.md; returns their paths.
+
+    Reads study.yaml, records.jsonl and items.parquet, and nothing else: no clock, no machine, no run directory. Raises
+    StudyError for a study or records that cannot be used.
+    """
+    study = read_study(study_dir)
+    folder = results_folder(study, preset)
+    runs = read_committed(study, preset)
+    declared = cells(study, preset)
+    items_path = folder / ITEMS_FILE
+    items = read_study_items(items_path) if items_path.is_file() else None
+    panel = Panel(declared, runs.records, items)
+    panel.resample_only(resampled_operands([study.comparison, *study.secondary.values()], panel))
+    arms = summaries(study, panel)
+    rows = tidy_rows(study, declared, runs.records, runs.missing, preset)
+    primary = compare(study.comparison, panel)
+    verdict, reason = judge(study.comparison, primary)
+    secondary, lines = _secondary(study, panel)
+    sentence = sentence_for(study.comparison, primary, verdict, reason)
+    content = {
+        "study": study.name,
+        "claim": study.claim,
+        "verdict": verdict,
+        "reason": reason,
+        "metric": study.metric,
+        "arms": {name: arm_entry(summary) for name, summary in arms.items()},
+        "requires": _requires(study, runs),
+        "comparison": comparison_entry(primary),
+        "secondary": secondary,
+        "published": dict(study.published),
+        "command": study_command(study, preset),
+        "revision": revision_of(runs.records.values()),
+        "seconds": rounded(runs.seconds),
+        "missing": [{"cell": key, "reason": reason} for key, reason in runs.missing.items()],
+    }
+    paths = write_figure(folder, plot_of(study, panel, verdict, sentence))
+    paths |= {name: folder / name for name in ("results.csv", "verdict.json", "README.md")}
+    write_changed(paths["results.csv"], csv_bytes(table_columns(study, rows), rows))
+    write_changed(paths["verdict.json"], verdict_bytes(content))
+    block = results_block(study, content, sentence, lines, arms, rows)
+    _write_readme(paths["README.md"], study, study_command(study, preset), block)
+    return paths
+
+
+def judge(spec: ComparisonSpec, result: Comparison, p_value: float | None = None) -> tuple[str, str]:
+    """The verdict on a comparison and its reason; ``p_value`` replaces the comparison's own (Holm)."""
+    return verdict_for(
+        spec.kind,
+        low=result.low,
+        high=result.high,
+        p_value=result.p_value if p_value is None else p_value,
+        n=result.n,
+        threshold=spec.threshold,
+        margin=spec.margin,
+        missing=len(result.missing),
+    )
+
+
+def _secondary(study: Study, panel: Panel) -> tuple[dict[str, Any], list[str]]:
+    """The secondary comparisons for verdict.json, judged by Holm-adjusted p, and a line of text for each."""
+    results = {name: compare(spec, panel) for name, spec in study.secondary.items()}
+    adjusted = holm({name: result.p_value for name, result in results.items()})
+    entries, lines = {}, []
+    for name, spec in study.secondary.items():
+        verdict, reason = judge(spec, results[name], adjusted[name])
+        reason = reason.replace("p is not", "Holm p is not")
+        head = {"verdict": verdict, "reason": reason, "metric": spec.metric, "kind": spec.kind}
+        entries[name] = head | comparison_entry(results[name]) | {"p_holm": rounded(adjusted[name])}
+        holm_text = f" Holm p = {adjusted[name]:.3g}." if adjusted[name] is not None else ""
+        lines.append(f"{name}: **{verdict}**. {sentence_for(spec, results[name], verdict, reason)}{holm_text}")
+    return entries, lines
+
+
+def arm_entry(summary: ArmSummary | None) -> dict[str, Any]:
+    """{mean, sd, n, values}: sample SD, None for a single seed; values in seed order."""
+    if summary is None:
+        return {"mean": None, "sd": None, "n": 0, "values": []}
+    values = [rounded(value) for value in summary.values]
+    return {"mean": rounded(summary.mean), "sd": rounded(summary.sd), "n": summary.n, "values": values}
+
+
+def comparison_entry(result: Comparison) -> dict[str, Any]:
+    """{estimate, low, high, p_value, test}, and what is needed to read them: n, smallest_p, unit."""
+    return {
+        "estimate": rounded(result.estimate),
+        "low": rounded(result.low),
+        "high": rounded(result.high),
+        "p_value": rounded(result.p_value),
+        "test": result.test,
+        "n": result.n,
+        "smallest_p": rounded(result.smallest_p),
+        "unit": result.unit,
+    }
+
+
+def _requires(study: Study, runs: CommittedRuns) -> dict[str, Any]:
+    found = {}
+    for name in study.requires:
+        metrics = runs.records.get(f"requires/{name}", {}).get("metrics", {})
+        if study.metric in metrics:
+            found[name] = arm_entry(summarise([metrics[study.metric]]))
+    return found
+
+
+def revision_of(records: Iterable[Mapping[str, Any]]) -> str:
+    """The commit the runs were made at, ``+dirty`` where files differed from it; several are joined by commas."""
+    names = set()
+    for record in records:
+        revision = record.get("revision") or {}
+        names.add(f"{revision.get('commit') or 'unknown'}{'+dirty' if revision.get('dirty') else ''}")
+    return ", ".join(sorted(names)) or "unknown"
+
+
+def rounded(value: float | None) -> float | None:
+    """Eight significant digits, so that a last bit that differs between machines is not written."""
+    return None if value is None else float(f"{value:.8g}")
+
+
+def verdict_bytes(content: Mapping[str, Any]) -> bytes:
+    text = json.dumps(
+        json_ready({key: content[key] for key in VERDICT_KEYS}), indent=1, ensure_ascii=False, allow_nan=False
+    )
+    return f"{text}\n".encode()
+
+
+def _write_readme(path: Path, study: Study, command: str, block: str) -> None:
+    text = path.read_text(encoding="utf-8") if path.is_file() else new_readme(study, command)
+    write_changed(path, with_results(text, block, path).encode())

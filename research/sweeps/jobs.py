@@ -1,0 +1,127 @@
+"""The work of one Hydra job: `train_job` and `cache_job` turn a composed config into a finished run folder.
+
+Single runs, multiruns and the cells of a study all come through here.
+"""
+
+import fcntl
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from research.config import build, build_data, build_logger, build_teacher, build_trainer, plain
+from research.errors import ConfigError, Preempted
+from research.loops.fit import ReportProgress, StopOnInterrupt
+from research.loops.training import TrainingRun
+from research.results.record import RunRecord
+from research.teachers.cache import CacheFingerprint, CacheWriter, read_manifest
+
+
+def train_job(cfg: DictConfig) -> RunRecord:
+    """Fit, evaluate, record; the run folder is Hydra's output directory."""
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    _prepare(cfg)
+    with _sole_owner(run_dir):
+        parts = build(cfg)
+        run = TrainingRun(
+            run_dir=run_dir,
+            data=parts.data,
+            method=parts.method,
+            architecture=parts.architecture,
+            reference=parts.reference,
+            variants={name: build_data(cfg, keys) for name, keys in plain(cfg.evaluation.variants).items()},
+            config=plain(cfg),
+            command="distill train",
+            overrides=list(HydraConfig.get().overrides.task),
+        )
+        interrupt = StopOnInterrupt()
+        fast = bool(cfg.trainer.fast_dev_run)
+        late: dict[str, Any] = {
+            "default_root_dir": str(run_dir),
+            "callbacks": [*run.callbacks(interrupt), ReportProgress(run_dir)],
+            "logger": False if fast else build_logger(cfg),
+            "enable_checkpointing": not fast,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+        }
+        trainer = build_trainer(cfg.trainer, **late)
+        if cfg.compile:
+            parts.method.student.compile()
+        return run.run(trainer, interrupt)
+
+
+def train_cell(cfg: DictConfig) -> float | None:
+    """A train job inside a study or sweep: a stop by a signal ends the whole launch, not this job alone."""
+    try:
+        return train_job(cfg).metrics.get(cfg.monitor)
+    except Preempted as stopped:
+        raise KeyboardInterrupt(str(stopped)) from stopped
+
+
+def cache_job(cfg: DictConfig) -> Path:
+    """Score one split with a teacher; returns the cache folder."""
+    from rich.progress import Progress
+
+    _prepare(cfg)
+    data = build_data(cfg)
+    data.setup()
+    teacher = build_teacher(cfg, "teacher", {"input_shape": tuple(data.input_shape), "num_classes": data.num_classes})
+    if teacher is None:
+        raise ConfigError("distill cache needs a teacher; give teacher=frozen teacher.path=FOLDER")
+    folder = Path(cfg.cache_dir or f"{HydraConfig.get().runtime.output_dir}/cache")
+    rows = len(data.split_tensors(cfg.split)[1])
+    fingerprint = CacheFingerprint(
+        teacher_sha256=teacher.identity.sha256,
+        teacher_details=teacher.identity.details,
+        data_sha256=data.source_fingerprint(cfg.split),
+        view="identity",
+        num_classes=data.num_classes,
+        top_k=cfg.top_k,
+        dtype=cfg.dtype,
+    )
+    writer = CacheWriter(folder, fingerprint, rows=rows, shard_rows=cfg.shard_rows)
+    with _sole_owner(folder), Progress(transient=True, disable=HydraConfig.get().mode.name != "RUN") as progress:
+        bar = progress.add_task(f"scoring {cfg.split}", total=rows)
+        for done in writer.write(teacher, data, cfg.split):
+            progress.update(bar, completed=done)
+    return folder
+
+
+def cache_cell(cfg: DictConfig) -> str:
+    """A cache job inside a study."""
+    return str(cache_job(cfg))
+
+
+def cache_is_complete(folder: Path) -> bool:
+    """Whether a cache folder holds a finished cache."""
+    return (folder / "manifest.json").exists() and read_manifest(folder).complete
+
+
+def _prepare(cfg: DictConfig) -> None:
+    """Process-wide settings: threads, and the chatter of libraries kept to what a user can act on."""
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        chatty = logging.getLogger(name)
+        chatty.setLevel(logging.WARNING)
+        chatty.handlers.clear()
+    warnings.filterwarnings("ignore", message=".*(LeafSpec|treespec).*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+
+
+@contextmanager
+def _sole_owner(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder, waiting for a process that a kill of its controller left behind in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,56 @@
+"""The whole teacher API: `signal(batch) -> TeacherSignal`.
+
+A teacher is a plain object, never a registered submodule of a method: it enters no checkpoint and no optimizer. Live,
+cached, ensemble and transformed teachers are interchangeable because a loss sees only the signal.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from research.records import ClassBatch, TeacherSignal
+
+
+@dataclass(frozen=True)
+class TeacherIdentity:
+    """Who is teaching, as it stands in records and manifests.
+
+    kind             frozen | ensemble | cached | virtual | ...
+    sha256           hash of the weights behind the signal (of the members' hashes for an ensemble)
+    source           file or folder it came from, as given
+    details          plain values that change the signal (averaging, transform, ...)
+    training_flops   FLOPs once spent on training it, None where no record says so
+    """
+
+    kind: str
+    sha256: str
+    source: str
+    details: dict[str, Any]
+    training_flops: float | None = None
+
+
+class AbstractTeacher(ABC):
+    """What supplies the signal. Subclasses are final."""
+
+    num_classes: int
+    identity: TeacherIdentity
+
+    @abstractmethod
+    def signal(self, batch: ClassBatch) -> TeacherSignal:
+        """The teacher's distribution for every row of `batch`, without gradient, on the batch's device."""
+
+    def to(self, device: torch.device | str) -> "AbstractTeacher":
+        """Move whatever lives on a device there; returns self."""
+        return self
+
+    def connect(self, data: Any) -> None:
+        """Late facts from the datamodule, once it is set up: refuse data the signal was not made for, or calibrate.
+
+        `data` is a `research.data.base.AbstractClassData` after `setup`; the default needs nothing from it.
+        """
+
+    def flops_per_row(self) -> float:
+        """FLOPs of one row's signal: 0 where it is read rather than computed."""
+        return 0.0

@@ -1,0 +1,298 @@
+"""Teacher signals on disk: safetensors shards and a manifest, written once and joined to batches by `index`.
+
+A cache is valid for one teacher, one data source and one view of it. The manifest's fingerprint says which, and
+`CachedTeacher` refuses anything else by the name of the field that differs. Writing resumes after a kill: a shard is
+either whole, under its final name, or absent.
+"""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from research.errors import CacheError, ConfigError
+from research.losses.divergences import forward_kl
+from research.losses.sparse import bucket_logprobs
+from research.records import ClassBatch, DenseLogits, TeacherSignal, TopKLogprobs
+from research.teachers.base import AbstractTeacher, TeacherIdentity
+
+MANIFEST_FILE = "manifest.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+GAP_TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 20.0)
+
+
+@dataclass(frozen=True)
+class CacheFingerprint:
+    """Everything a signal depends on; two caches with equal fingerprints hold equal signals.
+
+    top_k is None for dense logits; `view` names the augmentation of the inputs ("none": the plain rows).
+    """
+
+    teacher_sha256: str
+    teacher_details: dict[str, Any]
+    data_sha256: str
+    view: str
+    num_classes: int
+    top_k: int | None
+    dtype: str
+
+
+@dataclass(frozen=True)
+class CacheManifest:
+    """What a cache folder says of itself. `kl_gap`: mean KL(teacher || what the cache gives back), nats, by temperature."""
+
+    fingerprint: CacheFingerprint
+    rows: int
+    shard_rows: int
+    complete: bool
+    teacher_source: str
+    kl_gap: dict[str, float] = field(default_factory=dict)
+    teacher_training_flops: float | None = None
+    scoring_flops: float | None = None
+
+
+def read_manifest(folder: Path) -> CacheManifest:
+    """The manifest of a cache folder. Raises CacheError where it is missing or damaged."""
+    path = folder / MANIFEST_FILE
+    try:
+        plain = json.loads(path.read_text())
+        return CacheManifest(**{**plain, "fingerprint": CacheFingerprint(**plain["fingerprint"])})
+    except FileNotFoundError:
+        raise CacheError(f"no {MANIFEST_FILE} in {folder}; write the cache first with `distill cache`") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CacheError(f"{path} is not a cache manifest ({error}); delete the folder and write it again") from None
+
+
+def refuse_difference(given: CacheFingerprint, expected: CacheFingerprint, folder: Path) -> None:
+    """Raise CacheError naming every field in which a cache differs from what is asked of it."""
+    found, wanted = asdict(given), asdict(expected)
+    differing = [f"{name}: cache has {found[name]!r}, needed {wanted[name]!r}" for name in found if found[name] != wanted[name]]
+    if differing:
+        raise CacheError(
+            f"the cache {folder} was made for something else ({'; '.join(differing)}); "
+            "write a cache of this teacher and these data into another folder"
+        )
+
+
+class CacheWriter:
+    """Writes the signals of one split, shard by shard, and measures what compression costs.
+
+    shard_rows  rows of one shard file: the most that a kill can lose
+    Raises CacheError where the folder already holds a cache with another fingerprint, and on a full disk.
+    """
+
+    def __init__(self, folder: Path, fingerprint: CacheFingerprint, *, rows: int, shard_rows: int = 10_000) -> None:
+        if fingerprint.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {fingerprint.dtype!r}; expected one of {', '.join(DTYPES)}")
+        if fingerprint.top_k is not None and not 1 <= fingerprint.top_k <= fingerprint.num_classes:
+            raise ConfigError(f"top_k is {fingerprint.top_k}; expected null or 1 to {fingerprint.num_classes} classes")
+        if shard_rows < 1:
+            raise ConfigError(f"shard_rows is {shard_rows}; expected at least 1")
+        self.folder, self.fingerprint, self.rows, self.shard_rows = folder, fingerprint, rows, shard_rows
+        if (folder / MANIFEST_FILE).exists():
+            known = read_manifest(folder)
+            refuse_difference(known.fingerprint, fingerprint, folder)
+            self.shard_rows = known.shard_rows
+
+    def write(self, teacher: AbstractTeacher, data: Any, split: str) -> Iterator[int]:
+        """Score the shards that are missing, yielding the rows finished so far after each; the last step seals it.
+
+        `data.loader(split, batch_size=...)` gives unshuffled, unaugmented batches, so a shard's rows are always the
+        same ones.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_manifest(teacher, complete=False, gap={})
+        done = 0
+        for number, batch in enumerate(data.loader(split, batch_size=self.shard_rows)):
+            path = self.folder / f"shard-{number:05d}.safetensors"
+            if not _is_whole(path, batch):
+                self._write_shard(path, batch, teacher.signal(batch))
+            done += len(batch)
+            yield done
+        if done != self.rows:
+            raise CacheError(f"the split {split!r} gave {done} rows where {self.rows} were expected")
+        self._write_manifest(teacher, complete=True, gap=self._gap(teacher, data, split))
+
+    def _write_shard(self, path: Path, batch: ClassBatch, signal: TeacherSignal) -> None:
+        dtype, top_k = DTYPES[self.fingerprint.dtype], self.fingerprint.top_k
+        if not isinstance(signal, DenseLogits):
+            raise CacheError(f"only a dense teacher can be cached, this one gives {type(signal).__name__}")
+        tensors = {"index": batch.index_B}
+        if top_k is None:
+            tensors["logits"] = signal.logits_NV.to(dtype)
+        else:
+            sparse = keep_top_k(signal, top_k)
+            tensors |= {
+                "ids": sparse.ids_NK.to(torch.int32),
+                "logprobs": sparse.logprobs_NK.to(dtype),
+                "tail_logprob": sparse.tail_logprob_N.to(dtype),
+            }
+        partial = path.with_suffix(".partial")
+        try:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            self._explain(error, path)
+
+    def _explain(self, error: Exception, path: Path) -> None:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        reason = "the disk is full" if full else f"the file could not be written ({error})"
+        whole = len(list(self.folder.glob("shard-*.safetensors")))
+        raise CacheError(
+            f"{reason} at {path.name} of {self.folder}; {whole} finished shards are kept. "
+            "Free space and run the same command again: it goes on from there"
+        ) from error
+
+    def _gap(self, teacher: AbstractTeacher, data: Any, split: str, rows: int = 10_000) -> dict[str, float]:
+        """Mean KL(dense teacher || read-back signal) in nats over the first rows, by temperature."""
+        reader = CachedTeacher(self.folder, require_complete=False)
+        totals, counted = dict.fromkeys(GAP_TEMPERATURES, 0.0), 0
+        for batch in data.loader(split, batch_size=2_048):
+            dense, stored = teacher.signal(batch), reader.signal(batch)
+            if not isinstance(dense, DenseLogits):
+                raise CacheError("only a dense teacher can be cached")
+            for temperature in GAP_TEMPERATURES:
+                totals[temperature] += float(_kl_to_stored(dense, stored, temperature).sum())
+            counted += len(batch)
+            if counted >= rows:
+                break
+        return {f"{temperature:g}": total / max(counted, 1) for temperature, total in totals.items()}
+
+    def _write_manifest(self, teacher: AbstractTeacher, *, complete: bool, gap: dict[str, float]) -> None:
+        manifest = CacheManifest(
+            fingerprint=self.fingerprint,
+            rows=self.rows,
+            shard_rows=self.shard_rows,
+            complete=complete,
+            teacher_source=teacher.identity.source,
+            kl_gap=gap,
+            teacher_training_flops=teacher.identity.training_flops,
+            scoring_flops=teacher.flops_per_row() * self.rows,
+        )
+        partial = self.folder / (MANIFEST_FILE + ".partial")
+        try:
+            partial.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+            os.replace(partial, self.folder / MANIFEST_FILE)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            self._explain(error, self.folder / MANIFEST_FILE)
+
+
+class CachedTeacher(AbstractTeacher):
+    """The signals of a cache folder, held in memory and looked up by `index`.
+
+    Raises CacheError where the folder is incomplete, a shard is damaged, a row is missing or doubled, the data or the
+    view differ (`connect`), or `expected_teacher_sha256` names another teacher.
+    """
+
+    def __init__(self, folder: Path, *, expected_teacher_sha256: str | None = None, require_complete: bool = True) -> None:
+        self.folder, self.manifest = folder, read_manifest(folder)
+        mark = self.manifest.fingerprint
+        if require_complete and not self.manifest.complete:
+            raise CacheError(f"the cache {folder} is not finished; run the `distill cache` command that began it again")
+        if expected_teacher_sha256 not in (None, mark.teacher_sha256):
+            raise CacheError(
+                f"the cache {folder} holds teacher {mark.teacher_sha256[:12]}.., "
+                f"the run expects {str(expected_teacher_sha256)[:12]}..; write a cache of that teacher"
+            )
+        self.num_classes = mark.num_classes
+        self.identity = TeacherIdentity(
+            kind="cached",
+            sha256=mark.teacher_sha256,
+            source=str(folder),
+            details={**mark.teacher_details, "top_k": mark.top_k, "dtype": mark.dtype},
+            training_flops=self.manifest.teacher_training_flops,
+        )
+        self._columns, self._row_of = self._read_shards()
+
+    def _read_shards(self) -> tuple[dict[str, Tensor], Tensor]:
+        paths = sorted(self.folder.glob("shard-*.safetensors"))
+        try:
+            shards = [load_file(path) for path in paths]
+        except SafetensorError as error:
+            raise CacheError(f"a shard of {self.folder} is damaged ({error}); delete it and run `distill cache` again") from None
+        if not shards:
+            raise CacheError(f"the cache {self.folder} holds no shard; run `distill cache` again")
+        columns = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+        index_N = columns.pop("index")
+        if len(index_N) != self.manifest.rows or len(index_N.unique()) != len(index_N):
+            raise CacheError(
+                f"the cache {self.folder} holds {len(index_N)} rows ({len(index_N.unique())} distinct) "
+                f"where its manifest says {self.manifest.rows}; delete it and write it again"
+            )
+        row_of = torch.full((int(index_N.max()) + 1,), -1, dtype=torch.long)
+        row_of[index_N] = torch.arange(len(index_N))
+        return columns, row_of
+
+    def connect(self, data: Any) -> None:
+        mark = self.manifest.fingerprint
+        expected = CacheFingerprint(**{**asdict(mark), "data_sha256": data.source_fingerprint("train"), "view": data.transform_name})
+        refuse_difference(mark, expected, self.folder)
+
+    def signal(self, batch: ClassBatch) -> TeacherSignal:
+        index_B = batch.index_B
+        if int(index_B.max()) >= len(self._row_of):
+            raise CacheError(f"the cache {self.folder} has no row {int(index_B.max())}; write it for the whole split")
+        row_B = self._row_of[index_B]
+        if bool((row_B < 0).any()):
+            raise CacheError(f"the cache {self.folder} has no row {int(index_B[row_B < 0][0])}; write it for the whole split")
+        if self.manifest.fingerprint.top_k is None:
+            return DenseLogits(self._columns["logits"][row_B].float())
+        return TopKLogprobs(
+            ids_NK=self._columns["ids"][row_B].long(),
+            logprobs_NK=self._columns["logprobs"][row_B].float(),
+            tail_logprob_N=self._columns["tail_logprob"][row_B].float(),
+            num_classes=self.num_classes,
+        )
+
+    def to(self, device: torch.device | str) -> "CachedTeacher":
+        self._columns = {name: column.to(device) for name, column in self._columns.items()}
+        self._row_of = self._row_of.to(device)
+        return self
+
+
+def keep_top_k(signal: DenseLogits, top_k: int) -> TopKLogprobs:
+    """The K largest logprobs at temperature 1 and the log of the remaining mass, summed in log space."""
+    logits_NV = signal.logits_NV.double()
+    ids_NK = logits_NV.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    buckets_NK1 = bucket_logprobs(logits_NV, ids_NK).float()
+    has_tail = buckets_NK1.shape[-1] > top_k
+    return TopKLogprobs(
+        ids_NK=ids_NK,
+        logprobs_NK=buckets_NK1[:, :top_k],
+        tail_logprob_N=buckets_NK1[:, -1] if has_tail else buckets_NK1.new_full(ids_NK.shape[:1], -math.inf),
+        num_classes=logits_NV.shape[-1],
+    )
+
+
+def spread_tail(signal: TopKLogprobs) -> Tensor:
+    """Logprobs [N, V] of a sparse signal with its tail spread evenly over the classes that were not kept."""
+    num_tail = signal.num_classes - signal.ids_NK.shape[-1]
+    rest_N1 = signal.tail_logprob_N[:, None] - (math.log(num_tail) if num_tail else 0.0)
+    return rest_N1.expand(-1, signal.num_classes).scatter(-1, signal.ids_NK, signal.logprobs_NK)
+
+
+def _kl_to_stored(dense: DenseLogits, stored: TeacherSignal, temperature: float) -> Tensor:
+    """KL(dense teacher || stored signal) per row, nats, both softened: the stored side stands where a student would."""
+    logits_NV = stored.logits_NV if isinstance(stored, DenseLogits) else spread_tail(stored)
+    return forward_kl(logits_NV.double(), dense.logits_NV.double(), temperature=temperature)
+
+
+def _is_whole(path: Path, batch: ClassBatch) -> bool:
+    """Whether the shard exists, reads, and holds exactly this batch's rows."""
+    if not path.exists():
+        return False
+    try:
+        return torch.equal(load_file(path)["index"], batch.index_B.cpu())
+    except (SafetensorError, KeyError):
+        return False

@@ -1,0 +1,58 @@
+"""A trained network as a teacher: in eval mode, without gradient, its weights checked against their hash."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from research.models.flops import flops_per_row
+from research.models.weights import refuse_zero_weights, weights_sha256
+from research.records import ClassBatch, DenseLogits
+from research.teachers.base import AbstractTeacher, TeacherIdentity
+
+
+@dataclass(frozen=True)
+class LoadedNetwork:
+    """A network read from disk with what is known of it; made by `research.config.load_network`."""
+
+    network: nn.Module
+    input_shape: tuple[int, ...]
+    num_classes: int
+    source: str
+    training_flops: float | None = None
+
+
+class FrozenTeacher(AbstractTeacher):
+    """`DenseLogits` from a network that this class alone holds.
+
+    The network is switched to eval mode and stripped of gradients once; its hash is taken at construction, so a
+    record names exactly the weights that taught.
+    """
+
+    def __init__(self, loaded: LoadedNetwork) -> None:
+        refuse_zero_weights(loaded.network, loaded.source)
+        self._network = loaded.network.eval().requires_grad_(False)
+        self._input_shape = loaded.input_shape
+        self.num_classes = loaded.num_classes
+        self.identity = TeacherIdentity(
+            kind="frozen",
+            sha256=weights_sha256(loaded.network),
+            source=loaded.source,
+            details={},
+            training_flops=loaded.training_flops,
+        )
+
+    @torch.no_grad()
+    def signal(self, batch: ClassBatch) -> DenseLogits:
+        return DenseLogits(self._network(batch.inputs).float())
+
+    def to(self, device: torch.device | str) -> "FrozenTeacher":
+        self._network.to(device)
+        return self
+
+    def flops_per_row(self) -> float:
+        return flops_per_row(self._network, self._input_shape, backward=False)
+
+    def summary(self) -> dict[str, Any]:
+        return {"parameters": sum(parameter.numel() for parameter in self._network.parameters())}
