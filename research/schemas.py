@@ -27,7 +27,7 @@ class EvaluationConfig:
     """
 
     splits: list[str] = field(default_factory=lambda: ["test"])
-    variants: dict[str, Any] = field(default_factory=dict)
+    variants: Any = None
     bias_classes: list[int] = field(default_factory=list)
     weights: str = "last"
     batch_size: int = 2000

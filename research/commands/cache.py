@@ -18,7 +18,7 @@ def task(cfg: DictConfig) -> None:
     from research.sweeps.jobs import cache_job
     from research.teachers.cache import read_manifest
 
-    folder = cache_job(cfg)
+    folder = cache_job(cfg, show_progress=True)
     manifest = read_manifest(folder)
     gap = ", ".join(f"T={temperature}: {value:.2e}" for temperature, value in manifest.kl_gap.items())
     print(f"{manifest.rows} rows in {folder}\nKL(teacher || cache) in nats: {gap}")

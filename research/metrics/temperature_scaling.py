@@ -40,7 +40,7 @@ def fit_temperature(logits_NV: Tensor, label_N: Tensor) -> float:
     slope_low, slope_high = slope(low), slope(high)
     if slope_low == 0 and slope_high == 0:
         return 1.0
-    if slope_low >= 0:
+    if slope_low <= 0:
         return MIN_TEMPERATURE
     if slope_high >= 0:
         return MAX_TEMPERATURE

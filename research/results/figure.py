@@ -90,13 +90,13 @@ def _headline(figure: "Figure", plot: Plot) -> float:
     """The question and the finding at the top left; returns the height, in inches, left below them."""
     width, height = figure.get_size_inches()
     top = float(height) - 0.18
-    question = textwrap.wrap(plot["question"], int(width * 9.0))
+    question = textwrap.wrap(plot["question"], int(width * 9.4))
     figure.text(0.16 / width, top / height, "\n".join(question), size=12.5, weight="bold", va="top")
     top -= len(question) * 12.5 * 1.32 / 72 + 0.07
     word: dict[str, Any] = {"size": 9.5, "weight": "bold", "color": _VERDICT_COLOURS[plot["verdict"]], "va": "top"}
     figure.text(0.16 / width, top / height, plot["verdict"], **word)
     indent = 0.3 + 0.108 * len(plot["verdict"])
-    sentence = textwrap.wrap(plot["sentence"], int((width - indent) * 13.0))
+    sentence = textwrap.wrap(plot["sentence"], int((width - indent) * 14.0))
     figure.text(indent / width, top / height, "\n".join(sentence), size=9.5, color="#444444", va="top")
     return top - len(sentence) * 9.5 * 1.32 / 72 - 0.06
 

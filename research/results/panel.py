@@ -1,5 +1,6 @@
 """Every completed run of a study, looked up by arm, level and seed: what the comparisons and the figure read."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,11 +70,14 @@ class Panel:
         ]
 
     def metric(self, key: str, name: str) -> float:
-        """A run's recorded metric; raises StudyError naming the run where its record does not have it."""
+        """A run's recorded metric; raises StudyError naming the run where it is absent or not finite."""
         metrics = self.records[key]["metrics"]
         if name not in metrics:
             raise StudyError(f"{key}: its record has no metric {name!r}; {nearest(name, metrics)}")
-        return float(metrics[name])
+        value = float(metrics[name])
+        if not math.isfinite(value):
+            raise StudyError(f"{key}: its record has {name} = {value}; a result needs a finite number")
+        return value
 
     def values(self, arm: str, where: Mapping[str, str], metric: str) -> dict[int, float]:
         """seed -> metric, averaged over open factors; only seeds with every run completed."""

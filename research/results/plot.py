@@ -29,7 +29,7 @@ def summaries(study: Study, panel: Panel) -> dict[str, ArmSummary | None]:
 
 
 def plot_of(study: Study, panel: Panel, verdict: str, sentence: str) -> Plot:
-    """A strip plot (a row of dots per arm) or, with three or more numeric levels of a factor, lines over that factor."""
+    """A strip plot (a row of dots per arm); with three or more numeric levels of a factor, lines over that factor."""
     split, _, metric = study.metric.partition("/")
     axis = next(iter(_by_length(study, panel)), None)
     return {
@@ -76,7 +76,8 @@ def _strip(study: Study, panel: Panel) -> Plot:
     rows = []
     for key, summary in summaries(study, panel).items():
         arm, _, levels = key.partition("/")
-        number = published.get(key, published.get(arm) if not levels else None)
+        given = published.get(key, published.get(arm) if not levels else None)
+        number = float(given) if isinstance(given, int | float) else None
         shown = asdict(summary) if summary else None
         label = f"{arm}, {levels.replace('=', ' ').replace(',', ', ')}" if levels else arm
         rows.append({"label": label, "role": roles.get(arm, "other"), "summary": shown, "published": number})

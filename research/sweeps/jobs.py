@@ -64,7 +64,7 @@ def train_cell(cfg: DictConfig) -> float | None:
         raise KeyboardInterrupt(str(stopped)) from stopped
 
 
-def cache_job(cfg: DictConfig) -> Path:
+def cache_job(cfg: DictConfig, *, show_progress: bool = False) -> Path:
     """Score one split with a teacher; returns the cache folder."""
     from rich.progress import Progress
 
@@ -86,7 +86,7 @@ def cache_job(cfg: DictConfig) -> Path:
         dtype=cfg.dtype,
     )
     writer = CacheWriter(folder, fingerprint, rows=rows, shard_rows=cfg.shard_rows)
-    with _sole_owner(folder), Progress(transient=True, disable=HydraConfig.get().mode.name != "RUN") as progress:
+    with _sole_owner(folder), Progress(transient=True, disable=not show_progress) as progress:
         bar = progress.add_task(f"scoring {cfg.split}", total=rows)
         for done in writer.write(teacher, data, cfg.split):
             progress.update(bar, completed=done)

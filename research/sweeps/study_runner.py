@@ -11,12 +11,14 @@ from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode, TaskFunction
 
 from research.errors import ConfigError
 from research.results.collect import collect
 from research.results.record import read_record
-from research.results.study import Requirement, Study, cells, fill_placeholders, read_study, requirements
+from research.results.study_file import read_study
+from research.results.study import Requirement, Study, cells, fill_placeholders, requirements
 from research.sweeps.jobs import cache_cell, cache_is_complete, train_cell
 from research.sweeps.progress import StudyProgress
 
@@ -130,7 +132,10 @@ class StudyRunner:
         launcher = self._launcher_for(todo[0].command)
         overrides = [[*job.overrides, f"hydra.sweep.subdir={quoted(str(job.folder))}"] for job in todo]
         with progress.watching([job.folder for job in todo], lambda folder: _finished(folder, todo)):
-            returns: Sequence[JobReturn] = launcher.launch(overrides, initial_job_idx=0)
+            try:
+                returns: Sequence[JobReturn] = launcher.launch(overrides, initial_job_idx=0)
+            except HydraException as error:
+                raise ConfigError(f"{self.study.path}: the overrides of a run do not compose: {error}") from error
         failures = [
             f"{job.name}: {_reason(done)}"
             for job, done in zip(todo, returns, strict=True)

@@ -53,14 +53,17 @@ def test_truncated_file_is_refused(tmp_path: Path, size: int) -> None:
         read_idx(path, sha256(IDX))
 
 
-def test_every_flipped_byte_of_the_body_is_noticed(tmp_path: Path) -> None:
-    path, whole = tmp_path / "tiny.gz", gzip.compress(IDX)
+def test_no_flipped_byte_changes_what_is_read(tmp_path: Path) -> None:
+    path, whole, noticed = tmp_path / "tiny.gz", gzip.compress(IDX), 0
     for position in range(10, len(whole)):  # before lies gzip's own header: time, platform
         content = bytearray(whole)
         content[position] ^= 0x10
         path.write_bytes(content)
-        with pytest.raises(DataError, match=r"tiny.gz"):
-            read_idx(path, sha256(IDX))
+        try:  # a few bits of the compressed stream mean nothing
+            assert np.array_equal(read_idx(path, sha256(IDX)), PIXELS)
+        except DataError as error:
+            noticed += "tiny.gz" in str(error)
+    assert noticed > 0.9 * (len(whole) - 10)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\x00", b"\x00\x00\x0d\x03" + IDX[4:], IDX[:-1], IDX + b"\x00", IDX[:8]])
@@ -119,8 +122,8 @@ def test_test_shift_moves_every_test_image_and_nothing_else(real: Path) -> None:
     assert bool((before != after).any(1).all())
     assert moved.fingerprint("test") == again.fingerprint("test") != plain.fingerprint("test")
     assert moved.fingerprint("train") == plain.fingerprint("train")
-    # row sums of a shifted image are its row sums, moved by dy (nothing of value lies within 2 px of the border)
-    ink = before.reshape(-1, 28, 28)[:, 4:24, 4:24].sum((1, 2))
+    # where the two outermost rows and columns are empty, a shift of 2 px keeps the ink of the image
+    ink = before.reshape(-1, 28, 28)[:, 2:26, 2:26].sum((1, 2))
     inside = (before.sum(1) - ink).abs() < 1e-3
     assert int(inside.sum()) > 5000
     assert torch.allclose(before.sum(1)[inside], after.sum(1)[inside], atol=1e-2)

@@ -112,7 +112,7 @@ def test_no_folder_names_both_ways_to_give_one(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.delenv("RESEARCH_DATA_DIR", raising=False)
     with pytest.raises(DataError, match=r"data.data_dir \(or RESEARCH_DATA_DIR\)"):
         SpokenDigits().setup()
-    with pytest.raises(DataError, match="fsdd_recordings.tar.gz is missing"):
+    with pytest.raises(DataError, match=r"fsdd_recordings.tar.gz is missing"):
         SpokenDigits(data_dir=tmp_path).setup()
 
 
@@ -141,7 +141,7 @@ def test_archives_that_are_not_the_data_set_are_refused(tmp_path: Path, files: d
         read_clips(write_archive(tmp_path, missing))
     with pytest.raises(DataError, match="3001 clips"):
         read_clips(write_archive(tmp_path, files | {"recordings/0_theo_50.wav": wav_bytes("0_theo_50")}))
-    with pytest.raises(DataError, match="0_nobody_0.wav is not named"):
+    with pytest.raises(DataError, match=r"0_nobody_0.wav is not named"):
         read_clips(write_archive(tmp_path, {"recordings/0_nobody_0.wav": wav_bytes("0_x_0")}))
     with pytest.raises(DataError, match="16000 Hz"):
         read_clips(write_archive(tmp_path, {NAMES[0]: wav_bytes(NAMES[0], rate=16000)}))

@@ -1,0 +1,97 @@
+"""Per-item files: round trip, refusals, size, and that they join by index."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from research.results.items import (
+    StudyItems,
+    pack_items,
+    read_items,
+    read_study_items,
+    write_items,
+    write_study_items,
+)
+
+
+def _columns(n: int = 20, shift: int = 0) -> dict[str, np.ndarray]:
+    index = np.arange(n)[::-1].copy()
+    return {
+        "index": index,
+        "label": index % 10,
+        "prediction": (index + shift) % 10,
+        "teacher_prediction": index % 9,
+        "nll": np.linspace(0, 1, n).astype(np.float32),
+    }
+
+
+def test_items_survive_the_round_trip_and_equal_columns_give_equal_bytes(tmp_path: Path) -> None:
+    columns = _columns()
+    first = write_items(tmp_path / "a" / "items.parquet", columns)
+    back = read_items(first)
+    assert list(back) == list(columns)
+    for name, column in columns.items():
+        assert back[name].dtype == column.dtype and np.array_equal(back[name], column)
+    assert write_items(tmp_path / "b.parquet", columns).read_bytes() == first.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": None}, "columns \\['label'\\] are missing"),
+        ({"nll": np.zeros(3)}, "one value per item"),
+        ({"index": np.zeros(20, int)}, "given twice"),
+    ],
+)
+def test_items_that_make_no_sense_are_refused(tmp_path: Path, change: dict, message: str) -> None:
+    columns = {name: column for name, column in {**_columns(), **change}.items() if column is not None}
+    with pytest.raises(ValueError, match=message):
+        write_items(tmp_path / "items.parquet", columns)
+    assert not list(tmp_path.iterdir())
+
+
+def test_packing_joins_by_index_and_not_by_row(tmp_path: Path) -> None:
+    falling, rising = _columns(shift=1), {name: column[::-1] for name, column in _columns(shift=2).items()}
+    items = pack_items("test", {"soft/seed=0": falling, "hard/seed=0": rising})
+    assert items.index_I.tolist() == list(range(20))
+    assert items.predictions["soft/seed=0"].tolist() == [(i + 1) % 10 for i in range(20)]
+    assert items.predictions["hard/seed=0"].tolist() == [(i + 2) % 10 for i in range(20)]
+    back = read_study_items(write_study_items(tmp_path / "items.parquet", items))
+    assert back.split == "test" and back.predictions["hard/seed=0"].dtype == np.uint8
+    assert list(back.predictions) == ["hard/seed=0", "soft/seed=0"]
+    assert np.array_equal(back.wrong("soft/seed=0"), np.ones(20, bool))
+
+
+def test_packing_refuses_runs_on_other_items_or_labels() -> None:
+    other_items, other_labels = _columns(), _columns()
+    other_items["index"] = other_items["index"] + 1
+    other_labels["label"] = (other_labels["label"] + 1) % 10
+    with pytest.raises(ValueError, match="same items"):
+        pack_items("test", {"a": _columns(), "b": other_items})
+    with pytest.raises(ValueError, match="b: its labels"):
+        pack_items("test", {"a": _columns(), "b": other_labels})
+    with pytest.raises(ValueError, match="nothing to pack"):
+        pack_items("test", {})
+
+
+def test_a_whole_study_stays_below_a_megabyte(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 10, 10_000)
+    predictions = {}
+    for cell in range(60):
+        wrong = rng.random(10_000) < 0.03
+        predictions[f"cell/seed={cell}"] = np.where(wrong, rng.integers(0, 10, 10_000), label)
+    path = write_study_items(tmp_path / "items.parquet", StudyItems("test", np.arange(10_000), label, predictions))
+    assert path.stat().st_size < 1_000_000
+
+
+def test_files_that_are_no_items_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "items.parquet"
+    path.write_bytes(b"not parquet")
+    with pytest.raises(ValueError, match=r"items\.parquet"):
+        read_items(path)
+    with pytest.raises(ValueError, match="packed study file"):
+        read_study_items(write_items(path, _columns()))
+    with pytest.raises(ValueError, match="whole numbers"):
+        write_study_items(path, StudyItems("test", np.arange(2), np.zeros(2, int), {"a": np.array([0.5, 1.0])}))
