@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 POWER_FLOOR = 1e-10  # of full scale squared: keeps the log of digital silence finite, below any recorded noise
+FRAMES_PER_CHUNK = 16384
 
 
 def hertz_to_mel(hertz: float) -> float:
@@ -44,19 +45,34 @@ def mel_filterbank(num_bands: int, fft_size: int, sample_rate: int) -> Tensor:
     return filters.float()
 
 
-def log_mel(wave_T: Tensor, filters: Tensor, *, window_samples: int, hop_samples: int, fft_size: int) -> Tensor:
-    """Natural log of the mel-band powers of a signal: [frames, bands].
+def num_frames(samples: int, window_samples: int, hop_samples: int) -> int:
+    """How many frames :func:`frame_signal` makes: whole ones, or one where the signal is shorter than a window."""
+    return 1 + max(0, samples - window_samples) // hop_samples
 
-    ``wave_T`` is float in -1..1; each frame is ``window_samples`` long under a periodic Hann window, zero-padded to
-    ``fft_size``; only whole frames count, ``1 + (T - window_samples) // hop_samples`` of them, a shorter signal being
-    padded with silence to one frame. Powers below ``POWER_FLOOR`` are raised to it.
+
+def frame_signal(wave_T: Tensor, window_samples: int, hop_samples: int) -> Tensor:
+    """The overlapping frames of a signal: [frames, window_samples].
+
+    :func:`num_frames` of them; samples after the last whole frame are left out, a signal shorter than a window is
+    padded with silence.
     """
     short = window_samples - len(wave_T)
     if short > 0:
         wave_T = torch.nn.functional.pad(wave_T, (0, short))
-    frames = wave_T.unfold(0, window_samples, hop_samples) * torch.hann_window(window_samples)
-    power = torch.fft.rfft(frames, n=fft_size).abs().square()
-    return (power @ filters).clamp(min=POWER_FLOOR).log()
+    return wave_T.unfold(0, window_samples, hop_samples)
+
+
+def log_mel(frames: Tensor, filters: Tensor, fft_size: int) -> Tensor:
+    """Natural log of the mel-band powers of frames [N, window_samples] of samples in -1..1: [N, bands].
+
+    Each frame is taken under a periodic Hann window and zero-padded to ``fft_size``. Powers below ``POWER_FLOOR`` are
+    raised to it. Done in large chunks: thousands of small transforms would spend their time in starting threads.
+    """
+    window = torch.hann_window(frames.shape[1])
+    powers = [
+        torch.fft.rfft(chunk * window, n=fft_size).abs().square() @ filters for chunk in frames.split(FRAMES_PER_CHUNK)
+    ]
+    return torch.cat(powers).clamp_(min=POWER_FLOOR).log_()
 
 
 def stack_context(frames: Tensor, clip_N: Tensor, context: int) -> Tensor:

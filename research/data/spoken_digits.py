@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from research.data.base import AbstractClassData, CommonOptions
-from research.data.mel import log_mel, mel_filterbank, stack_context
+from research.data.mel import frame_signal, log_mel, mel_filterbank, num_frames, stack_context
 from research.data.splits import DataError, SplitTensors
 
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
@@ -88,30 +88,28 @@ class SpokenDigits(AbstractClassData):
 
     def load(self) -> dict[str, SplitTensors]:
         clips = read_clips(_archive(self.data_dir))
-        test = [self._in_test(clip) for clip in clips]
-        train_clips = [clip for clip, held in zip(clips, test, strict=True) if not held]
-        test_clips = [clip for clip, held in zip(clips, test, strict=True) if held]
-        train_frames = self._frames(train_clips)
-        stacked = torch.cat(train_frames)
-        mean, deviation = stacked.mean(0), stacked.std(0).clamp(min=1e-6)
+        train = [clip for clip in clips if not self._in_test(clip)]
+        test = [clip for clip in clips if self._in_test(clip)]
+        train_frames, test_frames = self._frames(train), self._frames(test)
+        mean, deviation = train_frames.mean(0), train_frames.std(0).clamp(min=1e-6)
         return {
-            "train": self._rows_of(train_clips, train_frames, mean, deviation),
-            "test": self._rows_of(test_clips, self._frames(test_clips), mean, deviation),
+            "train": self._rows_of(train, (train_frames - mean) / deviation),
+            "test": self._rows_of(test, (test_frames - mean) / deviation),
         }
 
     def _in_test(self, clip: Clip) -> bool:
         return clip.take < TEST_TAKES if self.split == "recording" else clip.speaker == self.test_speaker
 
-    def _frames(self, clips: list[Clip]) -> list[Tensor]:
-        sizes = {"window_samples": WINDOW_SAMPLES, "hop_samples": HOP_SAMPLES, "fft_size": FFT_SIZE}
-        return [log_mel(clip.wave_T, self.filters, **sizes) for clip in clips]
+    def _frames(self, clips: list[Clip]) -> Tensor:
+        """Log-mel frames of all clips, one after the other: [N, num_bands]."""
+        frames = [frame_signal(clip.wave_T, WINDOW_SAMPLES, HOP_SAMPLES) for clip in clips]
+        return log_mel(torch.cat(frames), self.filters, FFT_SIZE)
 
-    def _rows_of(self, clips: list[Clip], frames: list[Tensor], mean: Tensor, deviation: Tensor) -> SplitTensors:
-        lengths = torch.tensor([len(frames_of_clip) for frames_of_clip in frames])
+    def _rows_of(self, clips: list[Clip], frames: Tensor) -> SplitTensors:
+        lengths = torch.tensor([num_frames(len(clip.wave_T), WINDOW_SAMPLES, HOP_SAMPLES) for clip in clips])
         clip_N = torch.arange(len(clips)).repeat_interleave(lengths)
         digit_N = torch.tensor([clip.digit for clip in clips]).repeat_interleave(lengths)
-        standardised = (torch.cat(frames) - mean) / deviation
-        return SplitTensors(stack_context(standardised, clip_N, self.context_frames), digit_N, clip_N)
+        return SplitTensors(stack_context(frames, clip_N, self.context_frames), digit_N, clip_N)
 
 
 def _archive(data_dir: Path | None) -> Path:

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from research.evaluation.evaluate import teacher_prediction
 from research.evaluation.predictions import Predictions, Teacher, gather, predict_logits
 from research.metrics.class_bias import apply_class_bias, fit_class_bias
-from research.records import DenseLogits
 
 
 def evaluate_with_bias(
@@ -17,14 +17,14 @@ def evaluate_with_bias(
 
     bias                    the offset fitted on held-out training rows (`data.holdout` > 0) against the teacher's
                             argmax, or against the label where there is no teacher
-    errors_bias_fixed, recall_unseen_bias_fixed   test errors, and recall over all of `classes`, with that offset
-    recall_unseen           the same recall without it
+    errors_bias_fixed, recall_bias_classes_bias_fixed   test errors, and recall over the items of `classes`, with that offset
+    recall_bias_classes           the same recall without it
     errors_bias_on_test     errors with the offset fitted on the test labels themselves, as the paper did: an optimistic
                             number, kept for comparison alone
     """
     held_out = gather(student, data.loader("val", batch_size=batch_size), teacher=teacher)
     signal = held_out.signal
-    target_N = signal.logits_NV.argmax(dim=-1) if isinstance(signal, DenseLogits) else held_out.predictions.label_N
+    target_N = held_out.predictions.label_N if signal is None else teacher_prediction(signal)
     chosen = list(classes)
     bias = fit_class_bias(held_out.predictions.logits_NV, target_N, chosen)
     test = predict_logits(student, data.loader("test", batch_size=batch_size))
@@ -32,9 +32,9 @@ def evaluate_with_bias(
     fixed_NV = apply_class_bias(test.logits_NV, chosen, bias)
     return {
         "test/bias": bias,
-        "test/recall_unseen": _recall(test.logits_NV, test, chosen),
+        "test/recall_bias_classes": _recall(test.logits_NV, test, chosen),
         "test/errors_bias_fixed": _errors(fixed_NV, test.label_N),
-        "test/recall_unseen_bias_fixed": _recall(fixed_NV, test, chosen),
+        "test/recall_bias_classes_bias_fixed": _recall(fixed_NV, test, chosen),
         "test/bias_on_test": on_test,
         "test/errors_bias_on_test": _errors(apply_class_bias(test.logits_NV, chosen, on_test), test.label_N),
     }

@@ -174,7 +174,7 @@ def _add_quality(sheet: _Sheet, predictions: Predictions) -> None:
     except UndefinedMetric as error:
         sheet.omitted.update({f"{sheet.split}/{name}": str(error) for name in scaled})
     else:
-        sheet.add_all(scaled, logits_NV, label_N)
+        sheet.add_all(scaled, scaled_NV, label_N)
 
 
 def _add_teacher(sheet: _Sheet, predictions: Predictions, signal: TeacherSignal, temperature: float) -> None:

@@ -89,7 +89,8 @@ class EqualMassCalibrationError(Metric):
 
     def compute(self) -> Tensor:
         """The error, a probability in [0, 1], float64."""
-        confidence_N = dim_zero_cat(self.confidences) if self.confidences else torch.zeros(0)
+        # A list of batches, or one tensor where torchmetrics has just gathered all processes.
+        confidence_N = dim_zero_cat(self.confidences) if len(self.confidences) else torch.zeros(0)
         if confidence_N.shape[0] < self.num_bins:
             raise UndefinedMetric(
                 f"equal-mass calibration error: {confidence_N.shape[0]} items cannot fill {self.num_bins} bins"

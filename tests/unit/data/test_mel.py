@@ -4,14 +4,26 @@ import numpy as np
 import pytest
 import torch
 
-from research.data.mel import POWER_FLOOR, log_mel, mel_edges_hertz, mel_filterbank, stack_context
+from research.data.mel import (
+    FRAMES_PER_CHUNK,
+    POWER_FLOOR,
+    frame_signal,
+    log_mel,
+    mel_edges_hertz,
+    mel_filterbank,
+    num_frames,
+    stack_context,
+)
 
 RATE, WINDOW, HOP, FFT, BANDS = 8000, 200, 80, 256, 40
-SIZES = {"window_samples": WINDOW, "hop_samples": HOP, "fft_size": FFT}
 
 
 def sine(hertz: float, samples: int = 1000) -> torch.Tensor:
     return 0.5 * torch.sin(2 * math.pi * hertz * torch.arange(samples) / RATE)
+
+
+def features(wave: torch.Tensor) -> torch.Tensor:
+    return log_mel(frame_signal(wave, WINDOW, HOP), mel_filterbank(BANDS, FFT, RATE), FFT)
 
 
 def log_mel_by_definition(wave: np.ndarray) -> np.ndarray:
@@ -39,7 +51,7 @@ def log_mel_by_definition(wave: np.ndarray) -> np.ndarray:
 def test_features_equal_the_definition_in_float64() -> None:
     noise = torch.randn(600, generator=torch.Generator().manual_seed(0))
     for wave in (sine(440.0, 600) + 0.1 * noise, 0.01 * noise):
-        found = log_mel(wave, mel_filterbank(BANDS, FFT, RATE), **SIZES)
+        found = features(wave)
         assert found.shape == (6, BANDS)
         np.testing.assert_allclose(found.numpy(), log_mel_by_definition(wave.double().numpy()), atol=2e-3)
 
@@ -47,7 +59,7 @@ def test_features_equal_the_definition_in_float64() -> None:
 @pytest.mark.parametrize("hertz", [300.0, 1000.0, 2500.0])
 def test_a_sine_peaks_in_the_band_that_holds_it(hertz: float) -> None:
     edges = mel_edges_hertz(BANDS, RATE)
-    peaks = log_mel(sine(hertz), mel_filterbank(BANDS, FFT, RATE), **SIZES).argmax(1)
+    peaks = features(sine(hertz)).argmax(1)
     assert len(set(peaks.tolist())) == 1
     assert edges[int(peaks[0])] < hertz < edges[int(peaks[0]) + 2]
 
@@ -61,13 +73,20 @@ def test_band_edges_are_equally_spaced_in_mel_up_to_nyquist() -> None:
 
 
 def test_only_whole_frames_count_and_a_short_signal_is_padded_to_one() -> None:
-    filters = mel_filterbank(BANDS, FFT, RATE)
     for samples, frames in ((200, 1), (279, 1), (280, 2), (1000, 11), (50, 1)):
-        assert log_mel(sine(440.0, samples), filters, **SIZES).shape == (frames, BANDS)
+        assert features(sine(440.0, samples)).shape == (frames, BANDS)
+        assert num_frames(samples, WINDOW, HOP) == frames
+
+
+def test_chunks_change_nothing() -> None:
+    frames = frame_signal(sine(440.0, 280), WINDOW, HOP)
+    many = frames.repeat(FRAMES_PER_CHUNK // 2 + 1, 1)
+    filters = mel_filterbank(BANDS, FFT, RATE)
+    assert torch.allclose(log_mel(many, filters, FFT)[-2:], log_mel(frames, filters, FFT), atol=1e-4)
 
 
 def test_silence_is_the_floor_not_minus_infinity() -> None:
-    found = log_mel(torch.zeros(400), mel_filterbank(BANDS, FFT, RATE), **SIZES)
+    found = features(torch.zeros(400))
     assert torch.allclose(found, torch.full_like(found, math.log(POWER_FLOOR)))
 
 

@@ -115,6 +115,12 @@ def test_p80_test_split_is_the_official_one_by_hash(real: Path) -> None:
     assert (float(inputs.min()), float(inputs.max())) == (0.0, 1.0)
 
 
+def test_default_splits_of_the_real_files(real: Path) -> None:
+    summary = Mnist(data_dir=real).summary()
+    assert summary["rows"] == {"train": 55_000, "val": 5_000, "test": 10_000}
+    assert summary["duplicates"] == {"val": 0, "test": 0}
+
+
 def test_test_shift_moves_every_test_image_and_nothing_else(real: Path) -> None:
     plain, moved = (Mnist(data_dir=real, holdout=0, fraction=0.01, test_shift_pixels=by) for by in (0, 2))
     again = Mnist(data_dir=real, holdout=0, fraction=0.01, test_shift_pixels=2, seed=5)

@@ -72,7 +72,9 @@ def test_no_gradient_and_tensors_that_training_may_save():
     gathered = gather(student, batches(), teacher=Answer(lambda batch: DenseLogits(student(batch.inputs))))
     logits_NV = gathered.predictions.logits_NV
     assert not logits_NV.requires_grad and not gathered.signal.logits_NV.requires_grad
-    assert not logits_NV.is_inference()
+    seen = []
+    predict_logits(Broken(lambda inputs: seen.append(inputs * 2) or inputs), batches())
+    assert not seen[0].is_inference()  # a tensor that the student keeps can still enter a backward pass
     assert student.weight.grad is None and torch.is_grad_enabled()
 
 

@@ -58,7 +58,9 @@ def test_two_processes_have_the_value_of_the_whole(tmp_path):
         )
         for rank in range(2)
     ]
-    values = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in processes]
+    printed = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    values = [json.loads(text.splitlines()[-1]) for text in printed]
     teacher_N = teacher_NV.argmax(-1)
     expected = {}
     for metric, tensors in (

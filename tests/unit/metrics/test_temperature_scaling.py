@@ -89,7 +89,7 @@ def test_own_label_does_not_enter_an_items_scale():
 def test_halves_hang_on_the_index_alone_and_are_even():
     halves = [half_of(i) for i in range(10_000)]
     assert abs(sum(halves) - 5000) < 200
-    assert halves[:12] == [half_of(i) for i in range(12)]
+    assert abs(sum(halves[::2]) - 2500) < 150  # no parity: even ids (say, one augmentation of two) fall into both
     logits_NV, label_N = calibrated(80)
     order_N = torch.randperm(80, generator=torch.Generator().manual_seed(3))
     direct_NV = cross_fitted_logits(logits_NV, label_N, torch.arange(80))

@@ -95,3 +95,8 @@ class Workshop:
 @pytest.fixture
 def workshop(tmp_path: Path) -> Workshop:
     return Workshop(tmp_path)
+
+
+@pytest.fixture
+def study_text() -> str:
+    return STUDY_TEXT

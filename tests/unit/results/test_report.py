@@ -1,0 +1,273 @@
+"""From run directories to committed files to a verdict: content, byte-for-byte rebuild, and what goes wrong."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from research.results.collect import ITEMS_FILE, RECORDS_FILE, collect, portable, read_committed
+from research.results.fields import StudyError
+from research.results.items import read_study_items
+from research.results.readme import BEGIN, END, with_results
+from research.results.report import VERDICT_KEYS, build_report, revision_of
+from research.results.study import cells
+from research.results.study_file import read_study
+
+OUTPUTS = ("README.md", "figure.png", "figure.svg", "results.csv", "verdict.json")
+
+
+def _built(workshop, errors=None, **options) -> tuple[Path, dict]:
+    study = workshop.study()
+    workshop.fill(study, errors or {"hard": 40, "soft": 15}, **options)
+    collect(study, workshop.runs)
+    build_report(study.path.parent)
+    return study.path.parent, json.loads((study.path.parent / "verdict.json").read_text())
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_verdict_file_has_the_frozen_schema_and_the_right_numbers(workshop) -> None:
+    _, verdict = _built(workshop)
+    assert tuple(verdict) == VERDICT_KEYS
+    assert (verdict["study"], verdict["claim"], verdict["verdict"], verdict["metric"]) == (
+        "digits", "C04", "HOLDS", "test/errors",
+    )  # fmt: skip
+    hard = [40.0, 41.0, 42.0, 40.0, 41.0, 42.0]
+    assert verdict["arms"]["hard"] == {"mean": 41.0, "sd": pytest.approx(np.std(hard, ddof=1)), "n": 6, "values": hard}
+    comparison = verdict["comparison"]
+    assert list(comparison)[:5] == ["estimate", "low", "high", "p_value", "test"]
+    assert (comparison["estimate"], comparison["p_value"], comparison["n"]) == (25.0, 0.03125, 6)
+    assert 0 < comparison["low"] < 25 < comparison["high"] and "seeds and items" in comparison["test"]
+    assert verdict["requires"]["teacher"]["values"] == [4.0]
+    share = verdict["secondary"]["gap_closed"]
+    assert share["estimate"] == pytest.approx(25 / 37) and share["p_holm"] == share["p_value"] == 1 / 64
+    assert verdict["seconds"] == pytest.approx(13 * 2.5) and verdict["revision"] == "abc" and verdict["missing"] == []
+    assert verdict["command"] == "distill study experiments/digits"
+
+
+def test_report_is_rebuilt_byte_for_byte(workshop) -> None:
+    """From the committed files alone: run directories gone, outputs deleted, another folder."""
+    folder, _ = _built(workshop)
+    first = _contents(folder)
+    assert set(first) == {*OUTPUTS, RECORDS_FILE, ITEMS_FILE, "study.yaml"}
+    build_report(folder)
+    assert _contents(folder) == first
+    elsewhere = folder.parent / "elsewhere" / "digits"
+    elsewhere.mkdir(parents=True)
+    for name in ("study.yaml", RECORDS_FILE, ITEMS_FILE, "README.md"):
+        (elsewhere / name).write_bytes(first[name])
+    build_report(elsewhere)
+    assert _contents(elsewhere) == first
+
+
+def test_collecting_twice_gives_the_same_bytes_and_no_machine_paths(workshop) -> None:
+    folder, _ = _built(workshop)
+    first = _contents(folder)
+    collect(read_study(folder), workshop.runs)
+    assert _contents(folder) == first
+    text = first[RECORDS_FILE].decode()
+    assert str(workshop.root) not in text and "/somewhere" not in text
+    line = json.loads(text.splitlines()[7])
+    assert line["cell"] == {"arm": "soft", "factors": {}, "seed": 0, "key": "soft/seed=0"}
+    assert line["record"]["overrides"] == ["teacher={requires.teacher}", "data.root=<path>/mnist"]
+    assert "config" not in line["record"] and line["record"]["metrics"]["test/errors"] == 15.0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("a=/home/me/data/x.bin", "a=<path>/x.bin"),
+        ("test/errors", "test/errors"),
+        ("https://host/a/b", "https://host/a/b"),
+        ("[/a/b, '/c/d']", "[<path>/b, '<path>/d']"),
+        ("/runs/study/soft/seed=0", "{runs}/soft/seed=0"),
+        ("relative/path", "relative/path"),
+        ({"k": ["/x/y", 3, None]}, {"k": ["<path>/y", 3, None]}),
+    ],
+)
+def test_absolute_paths_become_portable(given, expected) -> None:
+    assert portable(given, {"/runs/study": "{runs}"}) == expected
+
+
+def test_items_of_all_runs_are_packed(workshop) -> None:
+    folder, _ = _built(workshop)
+    items = read_study_items(folder / ITEMS_FILE)
+    assert set(items.predictions) == {"requires/teacher", *(cell.key for cell in cells(read_study(folder)))}
+    assert int(items.wrong("soft/seed=2").sum()) == 17
+
+
+def test_without_items_the_interval_is_over_seeds_alone(workshop) -> None:
+    _built(workshop)
+    folder, verdict = _built(workshop, with_items=False)
+    assert not (folder / ITEMS_FILE).exists()
+    assert "seeds only" in verdict["comparison"]["test"] and verdict["verdict"] == "HOLDS"
+
+
+def test_failed_preempted_and_absent_runs_are_counted_by_reason(workshop) -> None:
+    study = workshop.study()
+    workshop.fill(study, {"hard": 40, "soft": 15})
+    workshop.run("soft/seed=1", 1, 15, status="failed", reason=f"non-finite loss, see {workshop.runs}/soft/seed=1/log")
+    workshop.run("soft/seed=2", 2, 15, status="preempted", reason="SIGTERM")
+    (workshop.runs / "soft/seed=3/run.json").unlink()
+    (workshop.runs / "soft/seed=4/run.json").write_text("{")
+    for path in (workshop.runs / "soft/seed=5").iterdir():
+        path.unlink()
+    (workshop.runs / "soft/seed=5").rmdir()
+    found = collect(study, workshop.runs)
+    assert len(found.completed) == 8
+    assert found.missing["soft/seed=1"] == "failed: non-finite loss, see {runs}/soft/seed=1/log"
+    assert found.count_by_reason() == {
+        "failed": 1, "not run": 1, "preempted": 1, "stopped before its record was written": 1, "unreadable record": 1,
+    }  # fmt: skip
+    build_report(study.path.parent)
+    verdict = json.loads((study.path.parent / "verdict.json").read_text())
+    assert verdict["verdict"] == "INCONCLUSIVE" and "5 of the compared runs did not complete" in verdict["reason"]
+    assert [entry["cell"] for entry in verdict["missing"]] == [f"soft/seed={seed}" for seed in range(1, 6)]
+    assert verdict["arms"]["soft"]["n"] == 1 and verdict["arms"]["soft"]["sd"] is None
+    readme = (study.path.parent / "README.md").read_text()
+    assert "Missing runs (5)" in readme and "preempted: SIGTERM" in readme
+    with (study.path.parent / "results.csv").open() as stream:
+        rows = {(row["arm"], row["seed"]): row for row in csv.DictReader(stream)}
+    assert len(rows) == 13 and rows["soft", "2"]["status"] == "preempted: SIGTERM"
+    assert rows["soft", "2"]["test/errors"] == "" and rows["soft", "0"]["test/errors"] == "15"
+
+
+def test_failed_runs_never_lend_their_numbers(workshop) -> None:
+    """A failed run with a splendid metric changes nothing but the list of missing runs."""
+    study = workshop.study()
+    workshop.fill(study, {"hard": 40, "soft": 41})
+    workshop.run("soft/seed=0", 0, 0, status="failed", reason="loss not finite")
+    collect(study, workshop.runs)
+    build_report(study.path.parent)
+    verdict = json.loads((study.path.parent / "verdict.json").read_text())
+    assert 0.0 not in verdict["arms"]["soft"]["values"] and verdict["comparison"]["estimate"] == -1.0
+
+
+def test_p121_five_seeds_are_inconclusive_and_the_report_says_why(workshop, study_text: str) -> None:
+    study = workshop.study(study_text.replace("[0, 1, 2, 3, 4, 5]", "[0, 1, 2, 3, 4]"))
+    workshop.fill(study, {"hard": 40, "soft": 15})
+    collect(study, workshop.runs)
+    build_report(study.path.parent)
+    verdict = json.loads((study.path.parent / "verdict.json").read_text())
+    assert verdict["verdict"] == "INCONCLUSIVE" and verdict["comparison"]["smallest_p"] == 0.0625
+    readme = (study.path.parent / "README.md").read_text()
+    assert "p = 0.0625 (smallest possible 0.0625), 5 paired seeds" in readme and "at least 6" in readme
+
+
+def test_a_claim_that_does_not_show_fails(workshop) -> None:
+    _, verdict = _built(workshop, {"hard": 15, "soft": 60})
+    assert verdict["verdict"] == "FAILS" and verdict["comparison"]["high"] < 0
+
+
+def test_results_of_a_preset_stay_apart(workshop) -> None:
+    folder, _ = _built(workshop)
+    before = _contents(folder)
+    study = read_study(folder)
+    for cell in cells(study, "smoke"):
+        workshop.run(cell.key, cell.seed, 9)
+    collect(study, workshop.runs, preset="smoke")
+    paths = build_report(folder, preset="smoke")
+    assert {path.parent for path in paths.values()} == {folder / "smoke"} and _contents(folder) == before
+    verdict = json.loads((folder / "smoke" / "verdict.json").read_text())
+    assert verdict["command"].endswith("preset=smoke") and verdict["arms"]["soft"]["n"] == 1
+    assert verdict["verdict"] == "INCONCLUSIVE" and verdict["comparison"]["low"] is None
+
+
+def test_requirements_may_live_elsewhere(workshop) -> None:
+    study = workshop.study()
+    workshop.fill(study, {"hard": 40, "soft": 15})
+    (workshop.runs / "requires/teacher").rename(workshop.root / "shared_teacher")
+    assert "requires/teacher" in collect(study, workshop.runs).missing
+    found = collect(study, workshop.runs, requirement_dirs={"teacher": workshop.root / "shared_teacher"})
+    assert not found.missing
+    build_report(study.path.parent)
+
+
+def test_table_blanks_unmeasured_costs_p122(workshop) -> None:
+    study = workshop.study()
+    workshop.fill(study, {"hard": 40, "soft": 15})
+    parts = ("student_update", "teacher_scoring", "rollout", "teacher_training")
+    ledger = {part: {"flops": 2e12, "tokens": 3.0, "seconds": 1.0} for part in parts}
+    workshop.run("soft/seed=0", 0, 15, ledger={**ledger, "teacher_scoring": {"flops": None, "tokens": 3.0}})
+    workshop.run("hard/seed=0", 0, 40, ledger={part: ledger[part] for part in parts[:3]})
+    collect(study, workshop.runs)
+    build_report(study.path.parent)
+    with (study.path.parent / "results.csv").open() as stream:
+        rows = {(row["arm"], row["seed"]): row for row in csv.DictReader(stream)}
+    soft, hard, full = rows["soft", "0"], rows["hard", "0"], rows["soft", "1"]
+    assert (soft["teacher_scoring_flops"], soft["run_flops"], soft["charged_flops"]) == ("", "", "")
+    assert (soft["run_tokens"], soft["run_seconds"]) == ("9", "")
+    assert (hard["run_flops"], hard["charged_flops"], full["charged_flops"]) == ("6e+12", "", "4e+12")
+    lines = (study.path.parent / "README.md").read_text().splitlines()
+    cells_of = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in lines if line[:2] == "| "}
+    assert cells_of["soft"][7:9] == ["", ""] and cells_of["hard"][7] != "" and cells_of["hard"][8] == ""
+
+
+def test_csv_columns_keep_their_order(workshop) -> None:
+    folder, _ = _built(workshop)
+    header = (folder / "results.csv").read_text().splitlines()[0].split(",")
+    assert header[:6] == ["role", "arm", "seed", "status", "test/errors", "test/nll"]
+    assert header[6:9] == ["student_update_flops", "student_update_tokens", "student_update_seconds"]
+    assert header[-1] == "seconds" and len(header) == len(set(header)) == 6 + 12 + 6 + 1
+
+
+def test_readme_keeps_what_people_wrote(workshop) -> None:
+    study = workshop.study()
+    readme = study.path.parent / "README.md"
+    readme.write_text(f"# My words\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    _built(workshop)
+    text = readme.read_text()
+    assert text.startswith("# My words\n") and text.endswith(f"{END}\n\nafter\n") and "old" not in text
+    assert "**HOLDS** (C04): errors of soft 25 below hard" in text and "| hard | 6 | 41 |" in text
+
+
+@pytest.mark.parametrize("text", [f"{BEGIN}\n", f"{END}\n{BEGIN}\n", f"{BEGIN}{END}{BEGIN}{END}"])
+def test_broken_markers_are_refused(text: str) -> None:
+    with pytest.raises(StudyError, match=r"README\.md: expected one"):
+        with_results(text, "block", Path("README.md"))
+
+
+def test_a_readme_without_markers_gets_them_at_its_end() -> None:
+    assert with_results("# Title\n", "block", Path("README.md")) == f"# Title\n\n{BEGIN}\nblock\n{END}\n"
+
+
+def test_committed_records_are_checked(workshop) -> None:
+    study = workshop.study()
+    with pytest.raises(StudyError, match=r"records\.jsonl: no such file; run the study first"):
+        build_report(study.path.parent)
+    workshop.fill(study, {"hard": 40, "soft": 15})
+    collect(study, workshop.runs)
+    path = study.path.parent / RECORDS_FILE
+    lines = path.read_text().splitlines(keepends=True)
+    for broken, message in (
+        (lines[:3] + ["{\n"] + lines[4:], "line 4 is not a run's record"),
+        ([*lines, lines[2]], "line 14 is 'hard/seed=1', which study.yaml does not declare or which stands there twice"),
+        ([lines[0].replace("requires/teacher", "requires/pupil"), *lines[1:]], "line 1 is 'requires/pupil'"),
+        (['{"cell": {"key": "hard/seed=0"}, "record": {}}\n'], "line 1"),
+    ):
+        path.write_text("".join(broken))
+        with pytest.raises(StudyError, match=message):
+            read_committed(study)
+
+
+def test_a_run_with_another_seed_is_refused(workshop) -> None:
+    study = workshop.study()
+    workshop.fill(study, {"hard": 40, "soft": 15})
+    workshop.run("soft/seed=1", 9, 15)
+    with pytest.raises(StudyError, match="seed 9; the cell soft/seed=1 is seed 1"):
+        collect(study, workshop.runs)
+
+
+def test_revision_names_every_state_the_runs_were_made_at() -> None:
+    revisions = ({"commit": "b", "dirty": True}, {"commit": "a", "dirty": False}, {"commit": None, "dirty": None}, None)
+    assert revision_of({"revision": revision} for revision in revisions) == "a, b+dirty, unknown"
+
+
+def test_study_dataclasses_cannot_be_changed(workshop) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        workshop.study().claim = "C05"
