@@ -4,23 +4,24 @@ Every `_target_` is checked against an allowlist before anything is imported, an
 signature of its target, so that a typing error in a file is an error and not a default.
 """
 
-import difflib
-import inspect
-import typing
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 from torch import nn
 
+from research.arguments import check_names, check_types, locate_target, missing_arguments
 from research.data.base import AbstractClassData
 from research.errors import ConfigError
 from research.methods.base import AbstractMethod, Training
+from research.models.build import ALLOWED_PREFIXES as MODEL_PREFIXES
 from research.models.build import build_network, describe
 from research.seeding import seed_for
 from research.teachers.base import AbstractTeacher
@@ -47,8 +48,12 @@ class Parts:
 
 
 def plain(node: Any) -> dict[str, Any]:
-    """A config node as plain resolved containers."""
-    container = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    """A config node as plain resolved containers. Raises ConfigError for an interpolation that leads nowhere."""
+    try:
+        container = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    except InterpolationResolutionError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{error.full_key} is an interpolation that leads nowhere: {reason}") from None
     return dict(container) if isinstance(container, Mapping) else {}
 
 
@@ -61,43 +66,65 @@ def build(cfg: DictConfig) -> Parts:
     data = build_data(cfg)
     facts = {"input_shape": tuple(data.input_shape), "num_classes": data.num_classes}
     description = plain(cfg.student)
+    _check_student(description, facts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(cfg.seed, "init"))
         student = build_network(description, **facts)
     architecture = describe(description, **facts)
     teacher = build_teacher(cfg, "teacher", facts)
-    if teacher is not None and plain(cfg.signal_transform).get("_target_"):
+    if plain(cfg.signal_transform).get("_target_"):
+        if teacher is None:
+            raise ConfigError("signal_transform needs a teacher to transform; choose one with teacher=frozen or cached")
         teacher = make(cfg.signal_transform, "signal_transform", teacher=teacher)
     reference = build_teacher(cfg, "reference", facts)
-    method = make(cfg.method, "method", training=_training(cfg, student, architecture), teacher=teacher)
+    training = _training(cfg, student, architecture)
+    method = expect_kind(make(cfg.method, "method", training=training, teacher=teacher), "method", AbstractMethod)
     return Parts(data, method, teacher, reference, architecture)
 
 
 def build_data(cfg: DictConfig, overrides: Mapping[str, Any] | None = None) -> AbstractClassData:
     """The datamodule of a config, with some of its keys replaced; its order and views follow the run's seed."""
-    node = {**plain(cfg.data), **(overrides or {})}
-    return make(node, "data", seed=cfg.seed)
+    data = make({**plain(cfg.data), **(overrides or {})}, "data", seed=cfg.seed)
+    return expect_kind(data, "data", AbstractClassData)
 
 
 def build_teacher(cfg: DictConfig, key: str, facts: Mapping[str, Any]) -> AbstractTeacher | None:
     """The teacher under `key`, or None where its `_target_` is null."""
     node = plain(cfg[key])
-    return make(node, key, **facts) if node.get("_target_") else None
+    return expect_kind(make(node, key, **facts), key, AbstractTeacher) if node.get("_target_") else None
 
 
 def build_trainer(node: Any, **late: Any) -> Any:
     """Lightning's Trainer from its config and what only the run knows (folder, callbacks, logger)."""
-    return make({**plain(node)}, "trainer", **late)
+    arguments = plain(node)
+    if arguments.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
+        given = arguments["accelerator"]
+        raise ConfigError(f"trainer.accelerator is {given!r}, but torch finds no GPU on this machine; give trainer=cpu")
+    devices, cores = arguments.get("devices"), os.cpu_count() or 1
+    if arguments.get("accelerator") == "cpu" and isinstance(devices, int) and devices > cores:
+        raise ConfigError(f"trainer.devices is {devices}, one process each, but this machine has {cores} CPU cores")
+    try:
+        return make(arguments, "trainer", **late)
+    except (MisconfigurationException, ModuleNotFoundError) as error:
+        raise ConfigError(f"Lightning's Trainer refuses its config: {error}") from None
 
 
-def build_logger(cfg: DictConfig) -> Any:
-    """The configured logger, or False for none. Raises ConfigError where its optional package is absent."""
-    if not plain(cfg.logger).get("_target_"):
+def build_logger(cfg: DictConfig, run_dir: Path) -> Any:
+    """The configured logger, writing into the run folder, or False for none.
+
+    Raises ConfigError naming the extra where its optional package is absent.
+    """
+    node = plain(cfg.logger)
+    if not node.get("_target_"):
         return False
     try:
-        return make(cfg.logger, "logger")
+        return make(node, "logger", save_dir=str(run_dir))
     except ModuleNotFoundError as error:
-        raise ConfigError(f"this logger needs a package that is not installed: {error}") from None
+        extra = str(node["_target_"]).rpartition(".")[2].removesuffix("Logger").lower()
+        raise ConfigError(
+            f"logger={extra} needs a package that is not installed; "
+            f"pip install 'research-distillation[{extra}]', or choose logger=csv ({error})"
+        ) from None
 
 
 def make(node: Any, key: str, **late: Any) -> Any:
@@ -107,15 +134,19 @@ def make(node: Any, key: str, **late: Any) -> Any:
     `_partial_` gives the factory.
     """
     arguments = plain(node)
-    target = arguments.get("_target_")
-    if not isinstance(target, str) or not target.startswith(ALLOWED_PREFIXES):
-        raise ConfigError(
-            f"{key}._target_ is {target!r}; expected something under {', '.join(ALLOWED_PREFIXES)} "
-            "(add a prefix in Python with research.config.allow_prefix)"
-        )
-    check_keys(target, key, [name for name in arguments if not name.startswith("_")])
+    partial = bool(arguments.get("_partial_"))
+    called = locate_target(arguments.get("_target_"), key, ALLOWED_PREFIXES)
+    given = {name: value for name, value in arguments.items() if name not in ("_target_", "_partial_")}
+    check_keys(arguments["_target_"], key, given)
+    for name in given.keys() & late.keys():
+        raise ConfigError(f"{key}.{name} is set by the run itself; leave it out of the config")
+    # in a factory, null leaves a value to the run
+    check_types(called, key, {name: value for name, value in given.items() if not (partial and value is None)})
+    if not partial:
+        for name in missing_arguments(called, given.keys() | late.keys()):
+            raise ConfigError(f"{key}.{name} is not set; {arguments['_target_']} needs it")
     factory = instantiate({**arguments, "_partial_": True}, _convert_="all", _recursive_=False)
-    return factory if arguments.get("_partial_") else factory(**late)
+    return factory if partial else factory(**late)
 
 
 def allow_prefix(prefix: str) -> None:
@@ -127,30 +158,26 @@ def allow_prefix(prefix: str) -> None:
 
 def check_keys(target: str, key: str, given: Iterable[str]) -> None:
     """Raise ConfigError naming the nearest valid key where a node has one that its target does not take."""
-    accepted = _accepted(locate(target), target, key)
-    if accepted is None:
-        return
-    for name in given:
-        if name not in accepted:
-            close = difflib.get_close_matches(name, accepted, n=1)
-            hint = f"; nearest valid: {key}.{close[0]}" if close else ""
-            raise ConfigError(f"unknown key {key}.{name} for {target}{hint}. Valid keys: {', '.join(sorted(accepted))}")
+    check_names(locate_target(target, key, ALLOWED_PREFIXES), target, key, given)
 
 
-def _accepted(called: object, target: str, key: str) -> set[str] | None:
-    """Names a target takes by keyword; None where it takes anything. Typed **kwargs are read from their TypedDict."""
-    if not callable(called):
-        raise ConfigError(f"{key}._target_ is {target!r}, which does not exist or cannot be called")
-    accepted: set[str] = set()
-    for name, parameter in inspect.signature(called).parameters.items():
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-            accepted.add(name)
-            continue
-        typed = typing.get_args(parameter.annotation)
-        if not typed or not hasattr(typed[0], "__annotations__"):
-            return None
-        accepted |= set(typed[0].__annotations__)
-    return accepted
+def expect_kind(made: Any, key: str, kind: type) -> Any:
+    """`made`, which came of the node `key`, where it is of that kind; else ConfigError."""
+    if not isinstance(made, kind):
+        raise ConfigError(f"{key}._target_ gives a {type(made).__name__}; expected a {kind.__name__}")
+    return made
+
+
+def _check_student(description: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """The student's keys and their types; its target is `build_network`'s to refuse."""
+    target = description.get("_target_")
+    if isinstance(target, str) and target.startswith(MODEL_PREFIXES):
+        given = {name: value for name, value in description.items() if name != "_target_"}
+        called = locate_target(target, "student", MODEL_PREFIXES)
+        check_names(called, target, "student", given)
+        check_types(called, "student", given)
+        for name in missing_arguments(called, given.keys() | facts.keys()):
+            raise ConfigError(f"student.{name} is not set; {target} needs it")
 
 
 def _training(cfg: DictConfig, student: nn.Module, architecture: dict[str, Any]) -> Training:

@@ -4,11 +4,22 @@ A group (data, student, teacher, ...) is an open node here; its keys are checked
 `_target_` when it is built, and against the group's file when they come from the command line.
 """
 
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from research.errors import ConfigError
+
+SPLITS = ("train", "val", "test")
+WEIGHTS = ("last", "best")
+MONITORED = ("val/errors", "val/nll")
+_NAME = re.compile(r"[\w.+-]+")
 
 
 @dataclass
@@ -126,3 +137,60 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     for command, schema in SCHEMAS.items():
         store.store(name=f"{command}_schema", node=schema)
+
+
+def check_root(cfg: DictConfig, command: str) -> None:
+    """Raise ConfigError for a root key that is unknown, was deleted or holds no choice, and for values out of range.
+
+    What a group holds is checked when it is built, by the signature of its target.
+    """
+    _check_node(cfg, SCHEMAS[command], "")
+    if not _NAME.fullmatch(cfg.name):
+        raise ConfigError(f"name is {cfg.name!r}; expected letters, digits and _ . + -, since it names the output folder")
+    if command == "train":
+        _check_evaluation(cfg.evaluation)
+        expect_one_of("monitor", cfg.monitor, MONITORED)
+    if command in ("cache", "evaluate"):
+        expect_one_of("split", cfg.split, SPLITS)
+    for key in ("batch_size", "threads", "shard_rows"):
+        _expect_positive(key, cfg.get(key))
+
+
+def expect_one_of(key: str, given: str, valid: Iterable[str]) -> None:
+    """Raise ConfigError naming the nearest where `given` is none of the valid words."""
+    valid = list(valid)
+    if given not in valid:
+        raise ConfigError(f"{key} is {given!r}{nearest(given, valid)}. Valid: {', '.join(valid)}")
+
+
+def nearest(word: str, valid: Iterable[str], prefix: str = "") -> str:
+    """"; nearest valid: ..." where one of the valid words is close to the given one, else nothing."""
+    close = difflib.get_close_matches(word, list(valid), n=1)
+    return f"; nearest valid: {prefix}{close[0]}" if close else ""
+
+
+def _check_node(node: DictConfig, schema: type, prefix: str) -> None:
+    known = {item.name: item for item in dataclasses.fields(schema)}
+    for key in node:
+        if key not in known:
+            near = nearest(str(key), known, prefix)
+            raise ConfigError(f"unknown key {prefix}{key}{near}. Valid keys: {', '.join(known)}")
+    for key, item in known.items():
+        if key not in node:
+            raise ConfigError(f"the key {prefix}{key} was deleted, but is needed; leave out ~{prefix}{key}")
+        if OmegaConf.is_missing(node, key):
+            raise ConfigError(f"{prefix}{key} is not chosen; give one of its choices by name, see --help")
+        if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
+            _check_node(node[key], item.type, f"{prefix}{key}.")
+
+
+def _check_evaluation(evaluation: DictConfig) -> None:
+    for split in evaluation.splits:
+        expect_one_of("evaluation.splits", split, SPLITS)
+    expect_one_of("evaluation.weights", evaluation.weights, WEIGHTS)
+    _expect_positive("evaluation.batch_size", evaluation.batch_size)
+
+
+def _expect_positive(key: str, given: int | None) -> None:
+    if given is not None and given < 1:
+        raise ConfigError(f"{key} is {given}; expected at least 1")

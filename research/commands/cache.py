@@ -10,7 +10,7 @@ checks, and the measured KL between the teacher and what the cache gives back.
 
 from omegaconf import DictConfig
 
-GROUPS = "data teacher experiment"
+GROUPS = ("data", "teacher")
 
 
 def task(cfg: DictConfig) -> None:

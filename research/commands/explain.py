@@ -1,59 +1,134 @@
-"""Composition errors in words: which key, what is nearest to it, what would be valid."""
+"""Composition errors in one line: which key or choice, what is nearest to it, what would be valid."""
 
 import difflib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-_OVERRIDE_KEY = re.compile(r"Could not (?:override|append|delete from config\. ?)[^']*'([^']+)'")
-_BAD_KEY = re.compile(r"full_key: (\S+)")
-_NO_OPTION = re.compile(r"Could not find '([^']+)'")
+from research.schemas import nearest
+
+# root key -> folder of its choices, where the two differ
+_GROUP_FOLDERS = {"student": "model", "reference": "teacher"}
+_EXTRAS = {"hydra/launcher/joblib": "parallel"}
+_NOT_IN = re.compile(r"Key '([^']+)' (?:is )?not in |Could not delete from config\. '([^']+)' does not exist")
+_FULL_KEY = re.compile(r"full_key: (\S+)")
+_FILE = re.compile(r"In '([^']+)': (?:\w+ raised while composing config|Could not)")
+_NO_CHOICE = re.compile(r"Could not (?:find|load) '([^']+)'")
+_CHOICES = re.compile(r"Available options in [^:]+:\s*(.*?)(?:\nConfig search path|$)", re.DOTALL)
+_MERGING = re.compile(r"Error merging override (.*)")
+_NOT_A_GROUP = re.compile(r"Could not override '([^']+)'\.\s*Did you mean to override (?:one of )?([^?]+)\?")
+_NO_GROUP = re.compile(r"Could not override '([^']+)'\.\s*No match in the defaults list")
+_NOT_A_CHOICE = "Config group override must be a string or a list"
 
 
 def explain_composition(command: str, conf_dir: str, arguments: list[str], error: Exception) -> str:
-    """One message for an error that Hydra raised while composing `command` from `arguments`."""
+    """One line for an error that Hydra raised while composing `command` from `arguments`."""
     text = "\n".join(str(part) for part in (error, error.__cause__) if part is not None).strip()
-    found = _OVERRIDE_KEY.search(text) or _BAD_KEY.search(text)
-    if found and ("not in struct" in text or "not in '" in text or "Key '" in text):
-        key = found[1].lstrip("+~").split("@")[0]
-        return _unknown_key(command, conf_dir, arguments, key)
-    missing = _NO_OPTION.search(text)
-    if missing and "/" in missing[1]:
-        group, _, given = missing[1].rpartition("/")
-        options = re.search(r"Available options in [^:]+:\s*(.*?)(?:\nConfig search path|$)", text, re.DOTALL)
-        names = options[1].split() if options else []
-        return f"no {group} {given!r}{_nearest(given, names)}. Valid: {', '.join(names)}"
-    return text
+    override = getattr(error, "override", None)
+    if "Error parsing override" in text or override is not None:
+        reason = text.splitlines()[1 if "Error parsing" in text else 0]
+        given = override or re.search(r"override '(.*)'", text.splitlines()[0])[1]  # type: ignore[index]
+        return f"cannot read {given!r} ({reason}); expected key=value, +key=value to add a key, ~key to delete one"
+    if _NOT_A_CHOICE in text:
+        return _not_a_choice(conf_dir, arguments)
+    if "Ambiguous value for argument" in text:
+        given = text.splitlines()[0].partition("'")[2].rstrip("'")
+        key, _, value = given.partition("=")
+        return f"{given!r} holds several values; sweep over them with -m, or write \"{key}='{value}'\" or {key}=[{value}]"
+    if found := _NOT_A_GROUP.search(text):
+        return f"{found[1]!r} is no group of `distill {command}`; choose one of {found[2]}"
+    if found := _NO_GROUP.search(text):
+        return f"{found[1]!r} is no group of `distill {command}`; see them with `distill {command} --help`"
+    if found := _NO_CHOICE.search(text):
+        return _no_choice(found[1], text)
+    if found := _NOT_IN.search(text):
+        full_key = _FULL_KEY.search(text)
+        key = found[2] or (full_key[1] if full_key else found[1])
+        file = _FILE.search(text)
+        where = f" in conf/{file[1]}.yaml" if file else ""
+        return _unknown_key(command, conf_dir, arguments, key, where)
+    if found := _MERGING.search(text):
+        reason = next((line for line in text.splitlines()[1:] if "full_key" not in line), "does not fit")
+        return f"{found[1]}: {reason}"
+    return " ".join(re.sub(r"Config search path:.*|full_key:.*|object_type=.*", "", text, flags=re.DOTALL).split())
 
 
-def _unknown_key(command: str, conf_dir: str, arguments: list[str], key: str) -> str:
-    """Compose again without the overrides of that key, to see which keys stand where it was sought."""
-    kept = [a for a in arguments if not a.lstrip("+~").startswith((f"{key}=", f"{key}@")) and not a.startswith("-")]
+def _not_a_choice(conf_dir: str, arguments: list[str]) -> str:
+    """A group was given something that is no name; find out which."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        folder = Path(conf_dir) / key.lstrip("+").partition("@")[0]
+        if not key:
+            return f"cannot read {argument!r}; expected key=value"
+        if folder.is_dir():
+            valid = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            return f"{key} is {value!r}; choose one of them by name. Valid: {valid}"
+    return "a group was given something that is not the name of one of its choices"
+
+
+def _no_choice(path: str, text: str) -> str:
+    group, _, given = path.rpartition("/")
+    found = _CHOICES.search(text)
+    names = found[1].split() if found else []
+    if not group:
+        return f"no config {given!r}"
+    extra = f"; it needs the extra: pip install 'research-distillation[{_EXTRAS[path]}]'" if path in _EXTRAS else ""
+    file = _FILE.search(text)
+    where = f" (named in conf/{file[1]}.yaml)" if file and not file[1].startswith("hydra/") else ""
+    return f"no {group} {given!r}{where}{nearest(given, names)}{extra}. Valid: {', '.join(names) or 'none'}"
+
+
+def _unknown_key(command: str, conf_dir: str, arguments: list[str], key: str, where: str) -> str:
+    node = _composed_without(command, conf_dir, arguments, key)
+    if node is None:
+        return f"unknown key {key!r}{where}; see the valid ones with `distill {command} --cfg job`"
     parent, _, name = key.rpartition(".")
-    try:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(conf_dir, version_base="1.3"):
-            node = compose(command, overrides=[a for a in kept if not a.startswith("hydra")])
-        siblings = _keys_below(node, parent)
-        everywhere = _all_keys(node)
-    except Exception:
-        return f"unknown key {key!r}; see the valid ones with `distill {command} --cfg job`"
-    near = difflib.get_close_matches(name, siblings, n=1)
-    if near:
-        hint = f"{parent}.{near[0]}" if parent else near[0]
-    else:
-        far = difflib.get_close_matches(key, everywhere, n=1) or [k for k in everywhere if k.split(".")[-1] == name][:1]
-        hint = far[0] if far else ""
-    nearest = f"; nearest valid: {hint!r}" if hint else ""
-    return f"unknown key {key!r}{nearest}. Valid keys under {parent or 'the root'!r}: {', '.join(siblings)}"
-
-
-def _keys_below(node: DictConfig, parent: str) -> list[str]:
     below = OmegaConf.select(node, parent) if parent else node
-    return [str(key) for key in below] if isinstance(below, DictConfig) else []
+    valid = [str(k) for k in below if k != "_target_"] if isinstance(below, DictConfig) else []
+    hint = nearest(name, valid, f"{parent}." if parent else "")
+    hint = hint or _in_another_choice(Path(conf_dir), parent, name, valid) or _elsewhere(node, key)
+    if isinstance(below, DictConfig) and not valid:
+        return f"{parent} holds no keys yet; add one with +{key}=..."
+    return f"unknown key {key!r}{where}{hint}. Valid keys{f' under {parent}' if parent else ''}: {', '.join(valid)}"
+
+
+def _composed_without(command: str, conf_dir: str, arguments: list[str], key: str) -> DictConfig | None:
+    """The config without the overrides of that key, or the plain one where the fault lies in a file."""
+    flags = ("-", "hydra")
+    kept = [a for a in arguments if "=" in a and not a.startswith(flags) and a.lstrip("+~").partition("=")[0] != key]
+    GlobalHydra.instance().clear()
+    for overrides in (kept, []):
+        try:
+            with initialize_config_dir(conf_dir, version_base="1.3"):
+                return compose(command, overrides=overrides, return_hydra_config=key.startswith("hydra"))
+        except Exception:  # the next, plainer config is tried; the error being explained stands in any case
+            continue
+    return None
+
+
+def _in_another_choice(conf_dir: Path, parent: str, name: str, valid: Iterable[str]) -> str:
+    """A key of this group that another choice of it has: temperature under method=soft_target."""
+    folder = conf_dir / _GROUP_FOLDERS.get(parent, parent or ".")
+    if not parent or not folder.is_dir():
+        return ""
+    for path in sorted(folder.glob("*.yaml")):
+        keys = [key for key in yaml.safe_load(path.read_text()) or {} if not key.startswith("_") and key not in valid]
+        if close := difflib.get_close_matches(name, keys, n=1):
+            return f"; nearest valid: {parent}.{close[0]}, a key of {path.stem}"
+    return ""
+
+
+def _elsewhere(node: DictConfig, key: str) -> str:
+    """The same word in another part of the config: temperature for method.temperature."""
+    everywhere = [k for k in _all_keys(node) if not key.startswith(k) and not k.endswith("_target_")]
+    same = [k for k in everywhere if k.split(".")[-1] == key.split(".")[-1]][:1]
+    close = same or difflib.get_close_matches(key, everywhere, n=1)
+    return f"; nearest valid: {close[0]}" if close else ""
 
 
 def _all_keys(node: DictConfig, prefix: str = "") -> list[str]:
@@ -64,8 +139,3 @@ def _all_keys(node: DictConfig, prefix: str = "") -> list[str]:
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
             keys += _all_keys(child, f"{prefix}{key}.")
     return keys
-
-
-def _nearest(word: str, valid: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(valid), n=1)
-    return f"; nearest valid: {close[0]!r}" if close else ""

@@ -6,14 +6,12 @@
 
 from omegaconf import DictConfig
 
-GROUPS = "(none)"
+GROUPS = ()
 
 
 def task(cfg: DictConfig) -> None:
     """Rebuild one study's results; needs neither torch nor the runs."""
-    from research.commands.study import study_folder
-    from research.results.report import build_report
+    from research.commands.study import print_report, study_folder
 
     folder = study_folder(cfg.folder)
-    for path in build_report(folder, cfg.preset).values():
-        print(path)
+    print_report(folder, cfg.preset)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-GROUPS = "hydra/launcher"
+GROUPS = ()
 
 
 def study_folder(folder: str | None) -> Path:
@@ -26,11 +26,21 @@ def study_folder(folder: str | None) -> Path:
     return Path(folder)
 
 
+def print_report(folder: Path, preset: str | None) -> None:
+    """Build the report of a study and print its table, its verdict and where the files are."""
+    from research.results.report import build_report
+    from research.results.terminal import study_table, verdict_line
+
+    paths = build_report(folder, preset)
+    print(study_table(folder, preset))
+    print(f"\n{verdict_line(folder, preset)}\n")
+    print("\n".join(f"{name:13s} {path}" for name, path in paths.items()))
+
+
 def task(cfg: DictConfig) -> None:
     """Run one study and report it."""
     from hydra.core.hydra_config import HydraConfig
 
-    from research.results.report import build_report
     from research.sweeps.study_runner import StudyRunner
 
     folder = study_folder(cfg.folder)
@@ -45,5 +55,4 @@ def task(cfg: DictConfig) -> None:
     )
     runner.run()
     if cfg.report:
-        for path in build_report(folder, cfg.preset).values():
-            print(path)
+        print_report(folder, cfg.preset)

@@ -11,7 +11,10 @@
 
 from omegaconf import DictConfig
 
-GROUPS = "data model@student teacher teacher@reference signal_transform method optimizer scheduler trainer logger experiment debug"
+GROUPS = (
+    "data", "model@student", "teacher", "teacher@reference", "signal_transform", "method", "optimizer", "scheduler",
+    "trainer", "logger", "experiment", "debug",
+)  # fmt: skip
 SHOWN = ("errors", "accuracy", "nll", "ece", "agreement_at_1", "kl_teacher_student")
 
 

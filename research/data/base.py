@@ -13,7 +13,7 @@ from torch import Tensor
 
 from research.data.loader import TensorLoader
 from research.data.resume import TrainerPlace
-from research.data.selection import Example, Selection, select_examples
+from research.data.selection import Example, Selection, kept_classes, select_examples
 from research.data.splits import (
     DataError,
     ServedRows,
@@ -40,6 +40,7 @@ class CommonOptions(TypedDict, total=False):
     seed: int
     split_seed: int
     keep_classes: Sequence[int] | None
+    drop_classes: Sequence[int] | None
     fraction: float
     num_train: int | None
     subset_seed: int
@@ -59,6 +60,7 @@ class AbstractClassData(L.LightningDataModule, ABC):
     seed          order of the rows and randomness of the view
     split_seed    which examples are held out: apart from ``seed``, so that runs of all seeds are compared on one split
     keep_classes  classes that stay in train (validation and test keep all); None: all
+    drop_classes  the same told by the classes that leave; give one of the two
     fraction      share of what is then left of train, in (0, 1]; num_train: the same as a number of examples. Drawn
                   with ``subset_seed``, stratified by class; a smaller subset lies inside every larger one
     shift_pixels  random image shifts of up to so many pixels in train, fresh in each epoch; 0: none (image data only)
@@ -86,6 +88,7 @@ class AbstractClassData(L.LightningDataModule, ABC):
         seed: int = 0,
         split_seed: int = 0,
         keep_classes: Sequence[int] | None = None,
+        drop_classes: Sequence[int] | None = None,
         fraction: float = 1.0,
         num_train: int | None = None,
         subset_seed: int = 0,
@@ -101,7 +104,7 @@ class AbstractClassData(L.LightningDataModule, ABC):
         self.selection = Selection(
             holdout=self.default_holdout if holdout is None else holdout,
             split_seed=split_seed,
-            keep_classes=None if keep_classes is None else tuple(int(kept) for kept in keep_classes),
+            keep_classes=kept_classes(keep_classes, drop_classes, self.num_classes),
             fraction=fraction,
             num_train=num_train,
             subset_seed=subset_seed,
@@ -113,8 +116,6 @@ class AbstractClassData(L.LightningDataModule, ABC):
         self._rows: dict[Split, ServedRows] = {}
         self._dropped: dict[str, int] = {}
         self._fingerprints: dict[Split, str] = {}
-
-    # -- what a subclass gives ----------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -224,7 +225,7 @@ class AbstractClassData(L.LightningDataModule, ABC):
         digest = hashlib.sha256()
         for tensor in (official.inputs, official.label_N):
             digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().numpy())
+            digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def num_official_rows(self, split: Split) -> int:
@@ -246,8 +247,6 @@ class AbstractClassData(L.LightningDataModule, ABC):
             "duplicates": duplicates_of_train({split: rows.inputs for split, rows in served.items()}),
             "view": self.transform_name,
         }
-
-    # -- inside -------------------------------------------------------------------------------------------------------
 
     def _view_of(self, shift_pixels: int) -> View | None:
         if shift_pixels == 0:

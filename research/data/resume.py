@@ -47,8 +47,9 @@ def rewind_to_last_step(checkpoint: dict[str, Any], micro_batches: int) -> int:
     fit_loop = checkpoint["loops"]["fit_loop"]
     progress = fit_loop["epoch_loop.batch_progress"]
     unfinished = int(progress["current"]["processed"]) % micro_batches
-    if unfinished == 0 or progress["is_last_batch"]:
+    if unfinished == 0:
         return 0
+    progress["is_last_batch"] = False
     for counts in (progress["current"], progress["total"]):
         done = int(counts["processed"]) - unfinished
         counts.update(ready=done, started=done, processed=done, completed=done)

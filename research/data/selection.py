@@ -1,5 +1,6 @@
 """Which examples of the official train split are held out, which are trained on, and which are dropped."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,22 @@ class Selection:
                 f"keep_classes={list(self.keep_classes)}: give at least one class, each once, from 0 to"
                 f" {num_classes - 1}, or null for all"
             )
+
+
+def kept_classes(
+    keep: Sequence[int] | None, drop: Sequence[int] | None, num_classes: int
+) -> tuple[int, ...] | None:
+    """The classes that stay in train, from either way of saying it; None where neither is given.
+
+    Raises ValueError where both are given, or a dropped class does not exist; :meth:`Selection.check` checks the rest.
+    """
+    if drop is None:
+        return None if keep is None else tuple(int(kept) for kept in keep)
+    if keep is not None:
+        raise ValueError(f"keep_classes={list(keep)} and drop_classes={list(drop)} both given: give one of them")
+    if any(not 0 <= dropped < num_classes for dropped in drop):
+        raise ValueError(f"drop_classes={list(drop)}: give classes from 0 to {num_classes - 1}, or null")
+    return tuple(kept for kept in range(num_classes) if kept not in drop)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
 """One call of Lightning's fit, with what every run needs around it: checkpoints, signals, and a typed outcome."""
 
 import json
+import logging
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -13,22 +17,35 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from research.data.base import AbstractClassData
-from research.errors import NonFiniteLoss
+from research.errors import CheckpointError, NonFiniteLoss, Preempted
 from research.methods.base import AbstractMethod
+from research.models.weights import is_finite
 
 CHECKPOINTS = "checkpoints"
+LAST, BEST = "last.ckpt", "best.ckpt"
 PROGRESS_FILE = "progress.json"
-EXIT_CODES = {"SIGINT": 128 + signal.SIGINT, "SIGTERM": 128 + signal.SIGTERM}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FitOutcome:
-    """How a fit ended. `status` is completed, preempted or failed; `seconds` counts this process alone."""
+    """How a fit ended. `status` is completed, preempted or failed; `seconds` counts this process alone.
+
+    signal_number  of the signal that stopped a preempted fit
+    """
 
     status: str
     reason: str | None
     seconds: float
-    error: BaseException | None = None
+    signal_number: int | None = None
+
+    def raise_if_stopped(self, run_dir: Path) -> None:
+        """Raises Preempted or NonFiniteLoss where the fit did not complete."""
+        if self.signal_number is not None:
+            raise Preempted(f"{self.reason} (run folder {run_dir})", 128 + self.signal_number)
+        if self.status != "completed":
+            raise NonFiniteLoss(str(self.reason))
 
 
 class StopOnInterrupt(Callback):
@@ -39,7 +56,7 @@ class StopOnInterrupt(Callback):
     """
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self.received: int | None = None
         self._previous: Any = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -49,75 +66,136 @@ class StopOnInterrupt(Callback):
             self._previous = None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._restore()  # Lightning does not come to `teardown` then
+
+    def _restore(self) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
 
-    def _handle(self, number: int, frame: Any) -> None:
-        self.received = "SIGINT"
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
         signal.signal(signal.SIGINT, self._previous)
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 class KeepLast(ModelCheckpoint):
-    """`last.ckpt`, written at the end of every epoch and on an exception, so that a run can always go on."""
+    """`last.ckpt`, written at the end of every epoch and on an exception, so that a run can always go on.
+
+    Weights that are not finite never replace it: there is no going on from them.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(
-            dirpath=folder, filename="last", save_top_k=1, every_n_epochs=1, save_on_exception=True,
-            save_on_train_epoch_end=True, enable_version_counter=False,
-        )  # fmt: skip
+            dirpath=folder,
+            filename="last",
+            save_top_k=1,
+            every_n_epochs=1,
+            save_on_exception=True,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if is_finite(pl_module):
+            super().on_exception(trainer, pl_module, exception)
 
 
 def checkpoint_callbacks(folder: Path, monitor: str, has_val: bool) -> list[Callback]:
     """`last.ckpt` always; `best.ckpt`, lowest `monitor`, where there is a validation split to select on."""
     callbacks: list[Callback] = [KeepLast(folder)]
     if has_val:
-        callbacks.append(
-            ModelCheckpoint(
-                dirpath=folder, filename="best", monitor=monitor, mode="min", save_top_k=1,
-                auto_insert_metric_name=False, enable_version_counter=False,
-            )  # fmt: skip
+        best = ModelCheckpoint(
+            dirpath=folder,
+            filename="best",
+            monitor=monitor,
+            mode="min",
+            save_top_k=1,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
         )
+        callbacks.append(best)
     return callbacks
 
 
 def fit(
-    trainer: L.Trainer, method: AbstractMethod, data: AbstractClassData, interrupt: StopOnInterrupt, ckpt_path: str | None
+    trainer: L.Trainer,
+    method: AbstractMethod,
+    data: AbstractClassData,
+    interrupt: StopOnInterrupt,
+    ckpt_path: str | None,
 ) -> FitOutcome:
     """Run `trainer.fit` and say how it ended; only programming errors come through as exceptions.
 
-    A signal is `preempted`, with the checkpoint it left; a loss that is not finite is `failed`, weights and last
-    checkpoint being those of the step before.
+    A signal is `preempted`, with the checkpoint it left; a loss that is not finite is `failed`, and the last checkpoint
+    is that of the last step with finite weights.
     """
     started = time.perf_counter()
 
-    def ended(status: str, reason: str | None, error: BaseException | None = None) -> FitOutcome:
-        return FitOutcome(status, reason, time.perf_counter() - started, error)
+    def ended(status: str, reason: str | None, number: int | None = None) -> FitOutcome:
+        return FitOutcome(status, reason, time.perf_counter() - started, number)
+
+    def stopped(number: int) -> FitOutcome:
+        name = signal.Signals(number).name
+        return ended("preempted", f"{name} at step {trainer.global_step}; resume with ckpt_path=last", number)
 
     try:
         trainer.fit(method, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    except SIGTERMException as error:
-        name = interrupt.received or "SIGTERM"
-        return ended("preempted", f"{name} at step {trainer.global_step}; resume with ckpt_path=last", error)
-    except (KeyboardInterrupt, SystemExit) as error:
-        return ended("preempted", f"SIGINT at step {trainer.global_step}; resume with ckpt_path=last", error)
+    except SIGTERMException:
+        return stopped(interrupt.received or signal.SIGTERM)
+    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
+        return stopped(signal.SIGINT)
     except NonFiniteLoss as error:
-        last = getattr(trainer.checkpoint_callback, "best_model_path", "") or "none was written yet"
-        return ended("failed", f"{error}. Last good checkpoint: {Path(last).name}", error)
+        return ended("failed", f"{error}. Last good checkpoint: {_last_checkpoint(trainer)}")
+    if trainer.received_sigterm:  # in the last moments of the fit, after Lightning's own last look
+        return stopped(interrupt.received or signal.SIGTERM)
     return ended("completed", None)
 
 
+def _last_checkpoint(trainer: L.Trainer) -> str:
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+    return LAST if folder is not None and (Path(folder) / LAST).exists() else "none was written yet"
+
+
+@contextmanager
+def stopped_by_signals(what: str) -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM raise Preempted at once: for what follows the fit, which is repeated on a resume."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        raise Preempted(f"{name} {what}; resume with ckpt_path=last", 128 + number)
+
+    previous: dict[signal.Signals, Callable[..., Any] | int | None] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, stop)
+    except ValueError:  # not the main thread: whoever owns it handles signals
+        pass
+    try:
+        yield
+    finally:
+        for restored, handler in previous.items():
+            signal.signal(restored, handler)
+
+
 def resume_path(ckpt_path: str | None, run_dir: Path) -> str | None:
-    """The checkpoint to go on from: a given file, this folder's own for "last" (None where it has none yet)."""
+    """The checkpoint to go on from: a given file, or this folder's own for "last".
+
+    A folder that has none yet begins at step 0, and the log says so: a run killed in its first epoch left nothing to
+    go on from. Raises CheckpointError where a given file does not exist.
+    """
     if ckpt_path is None:
         return None
-    if ckpt_path == "last":
-        own = run_dir / CHECKPOINTS / "last.ckpt"
-        return str(own) if own.exists() else None
-    if not Path(ckpt_path).exists():
-        raise FileNotFoundError(f"ckpt_path is {ckpt_path}, which does not exist; give a .ckpt file, or `last`")
-    return ckpt_path
+    path = run_dir / CHECKPOINTS / LAST if ckpt_path == "last" else Path(ckpt_path)
+    if path.exists():
+        return str(path)
+    if ckpt_path != "last":
+        raise CheckpointError(f"ckpt_path is {ckpt_path}, which does not exist; give a .ckpt file, or `last`")
+    log.warning("no %s, so this run begins at step 0; hydra.run.dir=FOLDER names the run to go on with", path)
+    return None
 
 
 class ReportProgress(Callback):
@@ -129,4 +207,6 @@ class ReportProgress(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             told = {"step": trainer.global_step, "total_steps": int(trainer.estimated_stepping_batches)}
-            self._path.write_text(json.dumps(told))
+            partial = self._path.with_suffix(".partial")
+            partial.write_text(json.dumps(told))
+            os.replace(partial, self._path)  # whoever reads it finds one state or the next, never half of one

@@ -13,17 +13,18 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from research.data.base import AbstractClassData
-from research.errors import NonFiniteLoss, Preempted
-from research.evaluation.evaluate import Evaluation, evaluate
+from research.errors import ConfigError, Preempted
 from research.evaluation.bias import evaluate_with_bias
+from research.evaluation.evaluate import Evaluation, evaluate
 from research.loops.fit import (
+    BEST,
     CHECKPOINTS,
-    EXIT_CODES,
     FitOutcome,
     StopOnInterrupt,
     checkpoint_callbacks,
     fit,
     resume_path,
+    stopped_by_signals,
 )
 from research.methods.base import AbstractMethod
 from research.models.flops import flops_per_row
@@ -62,31 +63,54 @@ class TrainingRun:
     # -- the steps ----------------------------------------------------------------------------------------------------
 
     def callbacks(self, interrupt: StopOnInterrupt) -> list[Callback]:
-        if self.config["trainer"].get("fast_dev_run"):
+        """Checkpoints and the answer to Ctrl-C. Raises ConfigError where nothing can be selected as asked."""
+        options = self.config["trainer"]
+        if options.get("fast_dev_run"):
             return [interrupt]
-        has_val = self.data.selection.holdout > 0
-        return [*checkpoint_callbacks(self.run_dir / CHECKPOINTS, self.config["monitor"], has_val), interrupt]
+        has_val = self.data.selection.holdout > 0 and options.get("limit_val_batches") != 0
+        monitor, known = self.config["monitor"], self.method.validation_metrics
+        if has_val and monitor not in known:
+            raise ConfigError(
+                f"monitor is {monitor!r}; on the validation split this method measures {', '.join(known)}"
+            )
+        if not has_val and self.config["evaluation"]["weights"] == "best":
+            raise ConfigError("evaluation.weights=best selects on a validation split; there is none (data.holdout=0)")
+        return [*checkpoint_callbacks(self.run_dir / CHECKPOINTS, monitor, has_val), interrupt]
 
     def run(self, trainer: L.Trainer, interrupt: StopOnInterrupt) -> RunRecord:
-        """Fit, evaluate and write `run.json`, whatever the outcome; raises after writing where the run did not complete."""
-        resume = resume_path(self.config["ckpt_path"], self.run_dir)
+        """Fit, evaluate and write `run.json`, whatever the outcome; raises after it where the run did not complete."""
+        outcome: FitOutcome | None = None
         try:
+            resume = resume_path(self.config["ckpt_path"], self.run_dir)
             outcome = fit(trainer, self.method, self.data, interrupt, resume)
-        except Exception as error:
-            self._write(FitOutcome("failed", f"{type(error).__name__}: {error}", 0.0), {}, {}, None)
+            outcome.raise_if_stopped(self.run_dir)
+            with stopped_by_signals(f"after the fit, in the evaluation (run folder {self.run_dir})"):
+                return self._finish(trainer, outcome)
+        except Preempted as error:
+            self._write(self._ended("preempted", outcome, str(error)), {}, {}, None)
             raise
-        if outcome.status != "completed":
-            self._write(outcome, {}, {}, None)
-            if outcome.status == "preempted":
-                code = EXIT_CODES["SIGTERM" if str(outcome.reason).startswith("SIGTERM") else "SIGINT"]
-                raise Preempted(f"{outcome.reason} (run folder {self.run_dir})", code) from None
-            raise NonFiniteLoss(str(outcome.reason)) from None
+        except Exception as error:
+            self._write(self._ended("failed", outcome, f"{type(error).__name__}: {error}"), {}, {}, None)
+            raise
+
+    def _ended(self, status: str, outcome: FitOutcome | None, reason: str) -> FitOutcome:
+        """The outcome of the whole run: the fit's own where that is what stopped, else what came after it or before."""
+        if outcome is not None and outcome.status != "completed":
+            return outcome
+        seconds = outcome.seconds if outcome is not None else time.perf_counter() - self.started
+        return FitOutcome(status, reason, seconds)
+
+    def _finish(self, trainer: L.Trainer, outcome: FitOutcome) -> RunRecord:
+        """What follows a completed fit: the student's folder, its metrics, the record."""
+        _leave_other_ranks(trainer)
         self._take_weights()
         student_sha256 = save_network(self.run_dir / NETWORK_FOLDER, self.method.student, self.architecture)
         metrics, artifacts = self._evaluate()
-        for name, value in trainer.callback_metrics.items():
-            if name.startswith("val/"):
-                metrics[name] = float(value)
+        metrics |= {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        for callback in trainer.checkpoint_callbacks:
+            score = getattr(callback, "best_model_score", None)
+            if callback.monitor and score is not None:
+                metrics[f"{callback.monitor}_best"] = float(score)
         record = self._write(outcome, metrics, artifacts, student_sha256)
         if not self.config["keep_checkpoints"]:
             shutil.rmtree(self.run_dir / CHECKPOINTS, ignore_errors=True)
@@ -94,8 +118,8 @@ class TrainingRun:
 
     def _take_weights(self) -> None:
         """The weights that are evaluated and kept: the last step's, or the best on validation where asked."""
-        best = self.run_dir / CHECKPOINTS / "best.ckpt"
-        if self.config["evaluation"]["weights"] == "best" and best.exists():
+        best = self.run_dir / CHECKPOINTS / BEST
+        if self.config["evaluation"]["weights"] == "best" and best.exists():  # a fast_dev_run writes none
             state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
             self.method.load_state_dict(state)
 
@@ -123,10 +147,11 @@ class TrainingRun:
         return metrics, artifacts
 
     def _live_teacher(self) -> AbstractTeacher | None:
+        """The method's teacher where it can score any row, and is not a control made from one."""
         teacher = self.method.teacher
-        return teacher if teacher is not None and teacher.identity.kind in ("frozen", "ensemble") and not (
-            "transform" in teacher.identity.details
-        ) else None
+        if teacher is None or teacher.identity.kind not in ("frozen", "ensemble"):
+            return None
+        return None if "transform" in teacher.identity.details else teacher
 
     def _write_items(self, name: str, result: Evaluation) -> str:
         path = self.run_dir / f"items_{name}.parquet"
@@ -172,31 +197,39 @@ class TrainingRun:
         return record
 
     def _ledger(self, outcome: FitOutcome) -> dict[str, dict[str, float | None]]:
-        """FLOPs by torch's counter, tokens (here rows) and seconds of every part; the teacher's training is amortised
-        by the reader, so it stands here whole, and None where no record says what it cost."""
+        """FLOPs by torch's counter, tokens (here rows) and seconds of every part, over all fits of a resumed run.
+
+        The teacher's training is amortised by the reader, so it stands here whole, and None where no record says what
+        it cost.
+        """
         method, teacher = self.method, self.method.teacher
-        rows = float(method.rows_seen)
         nothing: dict[str, float | None] = {"flops": 0.0, "tokens": 0.0, "seconds": 0.0}
-        update = flops_per_row(method.student, self.data.input_shape, backward=True)
-        ledger = {
+        ledger: dict[str, dict[str, float | None]] = {
             "student_update": {
-                "flops": update * rows,
-                "tokens": rows,
-                "seconds": outcome.seconds - method.teacher_seconds,
+                "flops": flops_per_row(method.student, self.data.input_shape, backward=True) * method.rows_seen,
+                "tokens": float(method.rows_seen),
+                "seconds": method.earlier_seconds + outcome.seconds - method.teacher_seconds,
             },
             "rollout": nothing,
             "teacher_scoring": nothing,
             "teacher_training": nothing,
         }
-        if teacher is not None and method.needs_teacher:
+        if teacher is not None and method.teacher_rows:
             ledger["teacher_scoring"] = {
-                "flops": teacher.flops_per_row() * rows,
-                "tokens": rows,
+                "flops": teacher.flops_per_row() * method.teacher_rows + teacher.spent_flops(),
+                "tokens": float(method.teacher_rows),
                 "seconds": method.teacher_seconds,
             }
-            ledger["teacher_training"] = {
-                "flops": teacher.identity.training_flops,
-                "tokens": None,
-                "seconds": None,
-            }
+            ledger["teacher_training"] = {"flops": teacher.identity.training_flops, "tokens": None, "seconds": None}
         return ledger
+
+
+def _leave_other_ranks(trainer: L.Trainer) -> None:
+    """After a fit on several devices the first rank evaluates and records alone; the others have done their part.
+
+    Metrics would otherwise add up every rank's copy of the same test split.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if not trainer.is_global_zero:
+        raise SystemExit(0)

@@ -7,6 +7,7 @@ accumulation, ragged micro-batches and data parallelism all give the gradient of
 
 import inspect
 import json
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -21,12 +22,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from research.data.resume import rewind_to_last_step
 from research.errors import CheckpointError, ConfigError, NonFiniteLoss
-from research.models.weights import check_state
+from research.models.weights import check_state, is_finite
 from research.records import ClassBatch, LossSum, TeacherSignal
 from research.teachers.base import AbstractTeacher
 
 OptimizerFactory = Callable[[Any], Optimizer]
 SchedulerFactory = Callable[..., LRScheduler]
+RngState = dict[str, Tensor]
 TOTAL_STEPS_NAMES = ("total_steps", "T_max", "total_iters", "num_training_steps")
 
 
@@ -53,21 +55,32 @@ class Training:
 
 
 class AbstractMethod(L.LightningModule, ABC):
-    """A LightningModule around one student and, held as a plain object, at most one teacher."""
+    """A LightningModule around one student and, held as a plain object, at most one teacher.
+
+    The ledger of what was spent counts whole optimizer steps over all ranks, and goes on after a resume:
+    rows_seen, teacher_rows   rows trained on, and of these the rows for which the teacher was asked
+    teacher_seconds           wall time spent waiting for the teacher
+    earlier_seconds           wall time of the fits before this one, up to the checkpoint that was resumed
+    """
 
     needs_teacher = False
+    validation_metrics: tuple[str, ...] = ("val/errors", "val/nll")
 
     def __init__(self, training: Training, teacher: AbstractTeacher | None = None) -> None:
         super().__init__()
         if self.needs_teacher and teacher is None:
-            raise ConfigError(f"the method {type(self).__name__} needs a teacher; choose one with teacher=frozen or teacher=cached")
+            name = type(self).__name__
+            raise ConfigError(f"the method {name} needs a teacher; choose one with teacher=frozen or teacher=cached")
         self.student = training.student
         self._optimizer_factory, self._scheduler_factory = training.optimizer, training.scheduler
         self._architecture = training.architecture
         self._teacher_box = (teacher,)  # in a tuple: nothing may register it
-        self._rng_state: dict[str, Tensor] | None = None
-        self.rows_seen = 0
-        self.teacher_seconds = 0.0
+        self._resumed_rng: RngState | None = None
+        self._rng_before_step: RngState | None = None
+        self._teacher_was_asked = False
+        self._fit_started = time.perf_counter()
+        self.rows_seen = self.teacher_rows = 0
+        self.teacher_seconds = self.earlier_seconds = 0.0
 
     @property
     def teacher(self) -> AbstractTeacher | None:
@@ -80,6 +93,7 @@ class AbstractMethod(L.LightningModule, ABC):
         started = time.perf_counter()
         signal = self.teacher.signal(batch)
         self.teacher_seconds += time.perf_counter() - started
+        self._teacher_was_asked = True
         return signal
 
     @abstractmethod
@@ -90,10 +104,18 @@ class AbstractMethod(L.LightningModule, ABC):
         return self.student(inputs)
 
     def setup(self, stage: str) -> None:
+        self._fit_started = time.perf_counter()
+        trainer: Any = self.trainer
         if self.teacher is not None:
-            self.teacher.to(self.trainer.strategy.root_device)
+            self.teacher.to(trainer.strategy.root_device)
             if stage == "fit":
-                self.teacher.connect(self.trainer.datamodule)
+                self.teacher.connect(trainer.datamodule)
+
+    def on_train_batch_start(self, batch: ClassBatch, batch_idx: int) -> None:
+        """Remember the random numbers at the start of a step: one that is interrupted comes again with the same."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._rng_before_step = _rng_state(self.device)
+            self._teacher_was_asked = False
 
     def training_step(self, batch: ClassBatch, batch_idx: int) -> Tensor:
         components = self.components(batch)
@@ -104,17 +126,40 @@ class AbstractMethod(L.LightningModule, ABC):
         loss = torch.stack(terms).sum()
         if not bool(torch.isfinite(loss)):
             self._stop_non_finite(components, batch)
-        self.rows_seen += len(batch) * self.trainer.world_size
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        self._step_rows = batch.step_rows
+        if self._is_logged_step():
             self._log_components("train", components, batch, loss=loss)
         return loss
+
+    def _is_logged_step(self) -> bool:
+        """Whether Lightning writes after this step what is logged in it; 0 is its way to say never."""
+        trainer: Any = self.trainer
+        every = int(trainer.log_every_n_steps)
+        return every > 0 and (trainer.global_step + 1) % every == 0
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's own, which runs the last micro-batch first; after it the step is whole and is accounted for."""
+        super().optimizer_step(*args, **kwargs)
+        self._rng_before_step = None
+        self.rows_seen += self._step_rows
+        self.teacher_rows += self._step_rows if self._teacher_was_asked else 0
+
+    def on_train_epoch_end(self) -> None:
+        """Before the checkpoint of the epoch: a finite loss can have a gradient that is not."""
+        if not is_finite(self.student):
+            raise NonFiniteLoss(
+                f"the student's weights are not finite after step {self.trainer.global_step}. Lower optimizer.lr"
+            )
 
     def validation_step(self, batch: ClassBatch, batch_idx: int) -> None:
         logits_NV = self.student(batch.inputs)
         wrong = (logits_NV.argmax(dim=-1) != batch.label_B).sum()
         nll = nn.functional.cross_entropy(logits_NV.float(), batch.label_B, reduction="none").mean()
-        self.log("val/errors", wrong.float(), on_epoch=True, on_step=False, reduce_fx="sum", sync_dist=True, batch_size=1)
-        self.log("val/nll", nll, on_epoch=True, on_step=False, sync_dist=True, batch_size=len(batch))
+        rows = len(batch)
+        self.log(
+            "val/errors", wrong.float(), on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=rows
+        )
+        self.log("val/nll", nll, on_step=False, on_epoch=True, sync_dist=True, batch_size=rows)
 
     def _log_components(self, stage: str, components: list[Component], batch: ClassBatch, loss: Tensor) -> None:
         values = {f"{stage}/{component.name}": component.loss.mean().detach() for component in components}
@@ -122,7 +167,7 @@ class AbstractMethod(L.LightningModule, ABC):
 
     def _stop_non_finite(self, components: list[Component], batch: ClassBatch) -> None:
         """Stop before the step spoils the weights: they are still those of the last finite step."""
-        values = ", ".join(f"{component.name}={float(component.loss.mean()):g}" for component in components)
+        values = ", ".join(f"{component.name}={float(component.loss.mean().detach()):g}" for component in components)
         indices = batch.index_B[:8].tolist()
         raise NonFiniteLoss(
             f"the loss is not finite at step {self.trainer.global_step} ({values}); batch indices {indices}"
@@ -138,31 +183,48 @@ class AbstractMethod(L.LightningModule, ABC):
         given = getattr(self._scheduler_factory, "keywords", {})
         late = {}
         if length is not None and given.get(length) is None:
-            late[length] = int(self.trainer.estimated_stepping_batches)
+            late[length] = self._total_steps()
         scheduler = self._scheduler_factory(optimizer, **late)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _total_steps(self) -> int:
+        steps = float(self.trainer.estimated_stepping_batches)
+        if not math.isfinite(steps):
+            raise ConfigError(
+                "this scheduler needs the length of the run; give trainer.max_epochs or trainer.max_steps"
+            )
+        return int(steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         rewind_to_last_step(checkpoint, self.trainer.accumulate_grad_batches)
         checkpoint["architecture"] = json.dumps(self._architecture)
-        checkpoint["spent"] = {"rows": self.rows_seen, "teacher_seconds": self.teacher_seconds}
-        checkpoint["rng"] = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint["spent"] = {
+            "rows": self.rows_seen,
+            "teacher_rows": self.teacher_rows,
+            "teacher_seconds": self.teacher_seconds,
+            "seconds": self.earlier_seconds + time.perf_counter() - self._fit_started,
+        }
+        checkpoint["rng"] = self._rng_before_step or _rng_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = {name.removeprefix("student."): tensor for name, tensor in checkpoint["state_dict"].items()}
         check_state(self.student, state, "the checkpoint")
-        if "rng" not in checkpoint:
+        if not {"rng", "spent"} <= checkpoint.keys():
             raise CheckpointError("the checkpoint holds no random state; it was not written by `distill train`")
-        self._rng_state = checkpoint["rng"]
-        self.rows_seen = int(checkpoint["spent"]["rows"])
-        self.teacher_seconds = float(checkpoint["spent"]["teacher_seconds"])
+        self._resumed_rng, spent = checkpoint["rng"], checkpoint["spent"]
+        self.rows_seen, self.teacher_rows = int(spent["rows"]), int(spent.get("teacher_rows", 0))
+        self.teacher_seconds, self.earlier_seconds = float(spent["teacher_seconds"]), float(spent.get("seconds", 0.0))
 
     def on_train_start(self) -> None:
         """Go on with the random numbers of the interrupted run; nothing between here and the first step draws any."""
-        if self._rng_state is not None:
-            torch.set_rng_state(self._rng_state["cpu"].cpu())
-            if "cuda" in self._rng_state:
-                torch.cuda.set_rng_state(self._rng_state["cuda"].cpu(), self.device)
+        if self._resumed_rng is not None:
+            torch.set_rng_state(self._resumed_rng["cpu"].cpu())
+            if "cuda" in self._resumed_rng and self.device.type == "cuda":
+                torch.cuda.set_rng_state(self._resumed_rng["cuda"].cpu(), self.device)
+            self._resumed_rng = None
 
+
+def _rng_state(device: torch.device) -> RngState:
+    """The state of torch's generators that a step on `device` draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state

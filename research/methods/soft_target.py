@@ -1,9 +1,11 @@
 """Soft targets: match the teacher's softened distribution beside the label (Hinton, Vinyals and Dean, 2015)."""
 
 import math
+from typing import Any
+
+import torch
 
 from research.errors import ConfigError
-from research.losses.divergences import divergence as check_divergence
 from research.losses.soft_target import logit_matching, soft_target
 from research.losses.supervised import cross_entropy
 from research.methods.base import AbstractMethod, Component, Training
@@ -41,15 +43,16 @@ class SoftTarget(AbstractMethod):
         if not (math.isfinite(temperature) and temperature > 0):
             raise ConfigError(f"method.temperature is {temperature}; expected a positive, finite number such as 4")
         _check_weights(hard_weight, soft_weight)
-        check_divergence(divergence, teacher_mixture_weight=teacher_mixture_weight, skew_weight=skew_weight)
         self.temperature, self.hard_weight, self.soft_weight = temperature, hard_weight, soft_weight
-        self._options = {
+        self._options: dict[str, Any] = {
             "divergence": divergence,
             "temperature": temperature,
             "teacher_mixture_weight": teacher_mixture_weight,
             "skew_weight": skew_weight,
             "scale_by_temperature_squared": scale_by_temperature_squared,
         }
+        uniform_NV = torch.zeros(1, 2)
+        soft_target(uniform_NV, DenseLogits(uniform_NV), **self._options)  # refuses what no step could use
 
     def components(self, batch: ClassBatch) -> list[Component]:
         logits_NV = self.student(batch.inputs)
@@ -83,10 +86,14 @@ class LogitMatching(AbstractMethod):
         self.hard_weight, self.soft_weight = hard_weight, soft_weight
 
     def components(self, batch: ClassBatch) -> list[Component]:
-        logits_NV, signal = self.student(batch.inputs), self.teacher_signal(batch)
-        if not isinstance(signal, DenseLogits):
-            raise ConfigError(f"method=logit_matching needs every class's logit, the teacher gives {type(signal).__name__}")
-        parts = [Component("soft", logit_matching(logits_NV, signal.logits_NV), self.soft_weight)]
+        logits_NV = self.student(batch.inputs)
+        parts = []
+        if self.soft_weight != 0:
+            signal = self.teacher_signal(batch)
+            if not isinstance(signal, DenseLogits):
+                kind = type(signal).__name__
+                raise ConfigError(f"method=logit_matching needs every class's logit, the teacher gives {kind}")
+            parts.append(Component("soft", logit_matching(logits_NV, signal.logits_NV), self.soft_weight))
         if self.hard_weight != 0:
             parts.append(Component("hard", cross_entropy(logits_NV, batch.label_B), self.hard_weight))
         return parts

@@ -14,7 +14,9 @@ class Supervised(AbstractMethod):
     A teacher is not trained on; where one is given, the evaluator alone uses it.
     """
 
-    def __init__(self, training: Training, teacher: AbstractTeacher | None = None, *, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self, training: Training, teacher: AbstractTeacher | None = None, *, label_smoothing: float = 0.0
+    ) -> None:
         super().__init__(training, teacher)
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"method.label_smoothing is {label_smoothing}; expected a number in [0, 1)")

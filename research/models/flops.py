@@ -1,4 +1,4 @@
-"""FLOPs of one row, counted by torch's own counter on tensors without storage: no time, no memory, no random numbers."""
+"""FLOPs of one row, by torch's own counter on tensors without storage: no time, no memory, no random numbers."""
 
 import copy
 from collections.abc import Sequence

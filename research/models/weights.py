@@ -86,6 +86,11 @@ def refuse_zero_weights(module: nn.Module, source: str) -> None:
         raise CheckpointError(f"{source} holds only zeros; the weights were never trained or not saved")
 
 
+def is_finite(module: nn.Module) -> bool:
+    """Whether every parameter is free of NaN and infinities."""
+    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
+
+
 def count_parameters(module: nn.Module) -> int:
     """Number of trainable scalars."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

@@ -58,16 +58,12 @@ def collect(
     time, so that a later report can count them. Lines stand in declared order, so the same runs give the same bytes.
     Raises StudyError where a run directory holds the run of another seed.
     """
-    runs_dir = Path(runs_dir)
-    given = dict(requirement_dirs or {})
-    where = {r.name: Path(given.get(r.name, runs_dir / r.key)) for r in requirements(study, preset)}
-    places = [(Cell(name, {}, -1, (), f"requires/{name}"), path) for name, path in where.items()]
-    places += [(cell, runs_dir / cell.key) for cell in cells(study, preset)]
-    known = {str(path.resolve()): f"{{requires.{name}}}" for name, path in where.items()} | {
-        str(runs_dir.resolve()): "{runs}"
-    }
-    known |= {str(path): f"{{requires.{name}}}" for name, path in where.items()} | {str(runs_dir): "{runs}"}
-    lines, completed, missing, items = [], [], {}, {}
+    places = _places(study, Path(runs_dir), preset, requirement_dirs or {})
+    known = _known(Path(runs_dir), places)
+    lines: list[str] = []
+    completed: list[str] = []
+    missing: dict[str, str] = {}
+    items: dict[str, dict[str, np.ndarray]] = {}
     split = study.metric.partition("/")[0]
     for cell, folder in places:
         record, reason = _look(folder)
@@ -84,14 +80,35 @@ def collect(
         columns = _items(folder, record, split)
         if columns is not None:
             items[cell.key] = columns
-    folder = results_folder(study, preset)
+    _write(results_folder(study, preset), lines, split, items)
+    return Collected(tuple(completed), missing)
+
+
+def _places(
+    study: Study, runs_dir: Path, preset: str | None, requirement_dirs: Mapping[str, str | Path]
+) -> list[tuple[Cell, Path]]:
+    """Every declared run and its directory; a requirement is a cell with seed -1: it may have been run with any."""
+    places = []
+    for requirement in requirements(study, preset):
+        cell = Cell(requirement.name, {}, -1, (), requirement.key)
+        places.append((cell, Path(requirement_dirs.get(requirement.name, runs_dir / requirement.key))))
+    return places + [(cell, runs_dir / cell.key) for cell in cells(study, preset)]
+
+
+def _known(runs_dir: Path, places: list[tuple[Cell, Path]]) -> dict[str, str]:
+    """Absolute directory -> the placeholder that stands for it in a committed record."""
+    pairs = [(runs_dir, "{runs}")]
+    pairs += [(folder, f"{{requires.{cell.arm}}}") for cell, folder in places if cell.seed < 0]
+    return {str(path): name for folder, name in pairs for path in (folder.absolute(), folder.resolve())}
+
+
+def _write(folder: Path, lines: list[str], split: str, items: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if items:
         write_study_items(folder / ITEMS_FILE, pack_items(split, items))
     else:
         (folder / ITEMS_FILE).unlink(missing_ok=True)
     write_atomic(folder / RECORDS_FILE, "".join(lines).encode())
-    return Collected(tuple(completed), missing)
 
 
 def _look(folder: Path) -> tuple[RunRecord | None, str]:
@@ -115,8 +132,7 @@ def portable(value: Any, known: Mapping[str, str]) -> Any:
     """A copy without machine paths: known directories as their placeholder, other absolute ones as ``<path>/name``."""
     if isinstance(value, str):
         for directory in sorted(known, key=len, reverse=True):
-            if directory not in (".", "/"):
-                value = value.replace(directory, known[directory])
+            value = re.sub(re.escape(directory) + r"(?![\w.-])", known[directory], value)
         return _ABSOLUTE.sub(r"<path>/\1", value)
     if isinstance(value, Mapping):
         return {key: portable(item, known) for key, item in value.items()}

@@ -1,4 +1,11 @@
-"""The comparisons a study may declare, and the rule that turns one into HOLDS, FAILS or INCONCLUSIVE."""
+"""The comparisons a study may declare, and the rule that turns one into HOLDS, FAILS or INCONCLUSIVE.
+
+With fewer seeds than MINIMUM_SEEDS only INCONCLUSIVE can come out. A difference is a head-to-head of two arms in which
+either sign would be news, so its sign-flip test is two-sided and cannot go below 2/2**n: five wins of five are
+p = .0625, and six seeds are the least that can reach .05. The other kinds fix their side, threshold or margin in the
+study file before the runs; their test is one-sided, cannot go below 1/2**n, and five seeds (.031) are the least. Below
+that, an interval rests on at most 35 distinct resamples of the seeds, too few to place a 2.5 % tail.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -63,11 +70,7 @@ def verdict_for(
     difference, p < .05; ``best_level``: at most 5 % of the seed bootstraps contradict the order.
     FAILS: it lies wholly on the other side (outside the margin). INCONCLUSIVE: anything else, and always
 
-    * with fewer seeds than MINIMUM_SEEDS, whatever the numbers. A difference is a head-to-head of two arms in which
-      either sign would be news, so its sign-flip test is two-sided and cannot go below 2/2**n: five wins of five are
-      p = .0625, and six seeds are the least that can reach .05. The other kinds fix their side, threshold or margin in
-      the study file before the runs; their test is one-sided, cannot go below 1/2**n, and five seeds (.031) are the
-      least. Below that an interval rests on at most 35 distinct resamples of the seeds, too few to place a 2.5 % tail.
+    * with fewer seeds than MINIMUM_SEEDS, whatever the numbers (the argument is in the module's docstring);
     * where a compared run is missing: a run that failed may have failed because of its arm, and a study read before
       its end could be stopped at a lucky moment.
     """

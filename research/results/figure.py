@@ -270,10 +270,14 @@ def _label_ends(axes: "Axes", ends: list[tuple[float, str, str]]) -> None:
     low, high = axes.get_ylim()
     points = axes.get_position().height * figure.get_size_inches()[1] * 72  # type: ignore[union-attr]
     gap = 11.5 * (high - low) / points
-    placed = -math.inf
-    for value, name, colour in sorted(ends):
-        placed = max(value, placed + gap)
-        axes.text(1.03, placed, name, transform=axes.get_yaxis_transform(), color=colour, va="center", size=9)
+    ends = sorted(ends)
+    places = [value for value, _, _ in ends]
+    for _ in range(200):  # each step parts every overlapping pair by half of what is lacking
+        for i in range(len(places) - 1):
+            lacking = max(0.0, gap - (places[i + 1] - places[i]))
+            places[i], places[i + 1] = places[i] - lacking / 2, places[i + 1] + lacking / 2
+    for place, (_, name, colour) in zip(places, ends, strict=True):
+        axes.text(1.03, place, name, transform=axes.get_yaxis_transform(), color=colour, va="center", size=9)
     axes.set_ylim(low, high)
 
 

@@ -39,17 +39,13 @@ def build_report(study_dir: str | Path, preset: str | None = None) -> dict[str, 
     study = read_study(study_dir)
     folder = results_folder(study, preset)
     runs = read_committed(study, preset)
-    declared = cells(study, preset)
-    items_path = folder / ITEMS_FILE
-    items = read_study_items(items_path) if items_path.is_file() else None
-    panel = Panel(declared, runs.records, items)
-    panel.resample_only(resampled_operands([study.comparison, *study.secondary.values()], panel))
+    panel = _panel(study, runs, folder / ITEMS_FILE, preset)
     arms = summaries(study, panel)
-    rows = tidy_rows(study, declared, runs.records, runs.missing, preset)
+    rows = tidy_rows(study, panel.cells, runs.records, runs.missing, preset)
     primary = compare(study.comparison, panel)
     verdict, reason = judge(study.comparison, primary)
-    secondary, lines = _secondary(study, panel)
     sentence = sentence_for(study.comparison, primary, verdict, reason)
+    secondary, lines = _secondary(study, panel)
     content = {
         "study": study.name,
         "claim": study.claim,
@@ -57,14 +53,9 @@ def build_report(study_dir: str | Path, preset: str | None = None) -> dict[str, 
         "reason": reason,
         "metric": study.metric,
         "arms": {name: arm_entry(summary) for name, summary in arms.items()},
-        "requires": _requires(study, runs),
         "comparison": comparison_entry(primary),
         "secondary": secondary,
-        "published": dict(study.published),
-        "command": study_command(study, preset),
-        "revision": revision_of(runs.records.values()),
-        "seconds": rounded(runs.seconds),
-        "missing": [{"cell": key, "reason": reason} for key, reason in runs.missing.items()],
+        **_provenance(study, runs, preset),
     }
     paths = write_figure(folder, plot_of(study, panel, verdict, sentence))
     paths |= {name: folder / name for name in ("results.csv", "verdict.json", "README.md")}
@@ -73,6 +64,25 @@ def build_report(study_dir: str | Path, preset: str | None = None) -> dict[str, 
     block = results_block(study, content, sentence, lines, arms, rows)
     _write_readme(paths["README.md"], study, study_command(study, preset), block)
     return paths
+
+
+def _panel(study: Study, runs: CommittedRuns, items_path: Path, preset: str | None) -> Panel:
+    items = read_study_items(items_path) if items_path.is_file() else None
+    panel = Panel(cells(study, preset), runs.records, items)
+    panel.resample_only(resampled_operands([study.comparison, *study.secondary.values()], panel))
+    return panel
+
+
+def _provenance(study: Study, runs: CommittedRuns, preset: str | None) -> dict[str, Any]:
+    """What the numbers stand on; ``seconds`` is the wall time of all runs that left a record, requirements included."""
+    return {
+        "requires": _requires(study, runs),
+        "published": dict(study.published),
+        "command": study_command(study, preset),
+        "revision": revision_of(runs.records.values()),
+        "seconds": rounded(runs.seconds),
+        "missing": [{"cell": key, "reason": reason} for key, reason in runs.missing.items()],
+    }
 
 
 def judge(spec: ComparisonSpec, result: Comparison, p_value: float | None = None) -> tuple[str, str]:

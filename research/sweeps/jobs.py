@@ -5,6 +5,7 @@ Single runs, multiruns and the cells of a study all come through here.
 
 import fcntl
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,16 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from research.config import build, build_data, build_logger, build_teacher, build_trainer, plain
+from research.config import Parts, build, build_data, build_logger, build_teacher, build_trainer, plain
 from research.errors import ConfigError, Preempted
 from research.loops.fit import ReportProgress, StopOnInterrupt
 from research.loops.training import TrainingRun
 from research.results.record import RunRecord
+from research.schemas import check_root
+from research.sweeps.secrets import refuse_secrets
 from research.teachers.cache import CacheFingerprint, CacheWriter, read_manifest
+
+log = logging.getLogger(__name__)
 
 
 def train_job(cfg: DictConfig) -> RunRecord:
@@ -29,6 +34,7 @@ def train_job(cfg: DictConfig) -> RunRecord:
     _prepare(cfg)
     with _sole_owner(run_dir):
         parts = build(cfg)
+        _check_evaluation(cfg, parts)
         run = TrainingRun(
             run_dir=run_dir,
             data=parts.data,
@@ -45,7 +51,7 @@ def train_job(cfg: DictConfig) -> RunRecord:
         late: dict[str, Any] = {
             "default_root_dir": str(run_dir),
             "callbacks": [*run.callbacks(interrupt), ReportProgress(run_dir)],
-            "logger": False if fast else build_logger(cfg),
+            "logger": False if fast else build_logger(cfg, run_dir),
             "enable_checkpointing": not fast,
             "enable_model_summary": False,
             "num_sanity_val_steps": 0,
@@ -53,11 +59,15 @@ def train_job(cfg: DictConfig) -> RunRecord:
         trainer = build_trainer(cfg.trainer, **late)
         if cfg.compile:
             parts.method.student.compile()
-        return run.run(trainer, interrupt)
+        log.info("student %s, teacher %s", parts.architecture["network"], parts.teacher and parts.teacher.identity)
+        record = run.run(trainer, interrupt)
+        log.info("%s after %.1f s: %s", record.status, record.wall_s, record.metrics)
+        return record
 
 
 def train_cell(cfg: DictConfig) -> float | None:
     """A train job inside a study or sweep: a stop by a signal ends the whole launch, not this job alone."""
+    check_root(cfg, "train")
     try:
         return train_job(cfg).metrics.get(cfg.monitor)
     except Preempted as stopped:
@@ -95,6 +105,7 @@ def cache_job(cfg: DictConfig, *, show_progress: bool = False) -> Path:
 
 def cache_cell(cfg: DictConfig) -> str:
     """A cache job inside a study."""
+    check_root(cfg, "cache")
     return str(cache_job(cfg))
 
 
@@ -105,6 +116,7 @@ def cache_is_complete(folder: Path) -> bool:
 
 def _prepare(cfg: DictConfig) -> None:
     """Process-wide settings: threads, and the chatter of libraries kept to what a user can act on."""
+    refuse_secrets(cfg, Path(HydraConfig.get().runtime.output_dir) / str(HydraConfig.get().output_subdir))
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
@@ -118,9 +130,29 @@ def _prepare(cfg: DictConfig) -> None:
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
 
 
+def _check_evaluation(cfg: DictConfig, parts: Parts) -> None:
+    """Refuse before the first step what the evaluation after the last one could not do."""
+    data, options = parts.data, cfg.evaluation
+    needs_val = {"splits": "val" in options.splits, "weights": options.weights == "best", "bias_classes": options.bias_classes}
+    for key in (key for key, needed in needs_val.items() if needed and data.selection.holdout == 0):
+        raise ConfigError(f"evaluation.{key} is {options[key]}, which needs held-out rows, but data.holdout is 0; raise it")
+    wrong = [c for c in options.bias_classes if not 0 <= c < data.num_classes]
+    if wrong or len(set(options.bias_classes)) not in range(data.num_classes):
+        raise ConfigError(
+            f"evaluation.bias_classes is {list(options.bias_classes)}; expected fewer than all of the classes "
+            f"0 to {data.num_classes - 1}, each once"
+        )
+
+
 @contextmanager
 def _sole_owner(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder, waiting for a process that a kill of its controller left behind in it."""
+    """Hold a lock on a folder, waiting for a process that a kill of its controller left behind in it.
+
+    The further ranks of one run share the lock of the first.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

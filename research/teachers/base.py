@@ -45,7 +45,7 @@ class AbstractTeacher(ABC):
         """Move whatever lives on a device there; returns self."""
         return self
 
-    def connect(self, data: Any) -> None:
+    def connect(self, data: Any) -> None:  # noqa: B027 - most teachers need nothing of the data
         """Late facts from the datamodule, once it is set up: refuse data the signal was not made for, or calibrate.
 
         `data` is a `research.data.base.AbstractClassData` after `setup`; the default needs nothing from it.
@@ -53,4 +53,8 @@ class AbstractTeacher(ABC):
 
     def flops_per_row(self) -> float:
         """FLOPs of one row's signal: 0 where it is read rather than computed."""
+        return 0.0
+
+    def spent_flops(self) -> float:
+        """FLOPs spent once, before this run, to have the signal at all: the scoring behind a cache."""
         return 0.0

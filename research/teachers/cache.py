@@ -6,17 +6,18 @@ either whole, under its final name, or absent.
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from research.errors import CacheError, ConfigError
@@ -24,70 +25,28 @@ from research.losses.divergences import forward_kl
 from research.losses.sparse import bucket_logprobs
 from research.records import ClassBatch, DenseLogits, TeacherSignal, TopKLogprobs
 from research.teachers.base import AbstractTeacher, TeacherIdentity
+from research.teachers.manifest import (
+    MANIFEST_FILE,
+    CacheFingerprint,
+    CacheManifest,
+    read_manifest,
+    refuse_difference,
+)
 
-MANIFEST_FILE = "manifest.json"
+SHARDS = "shard-*.safetensors"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GAP_TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 20.0)
-
-
-@dataclass(frozen=True)
-class CacheFingerprint:
-    """Everything a signal depends on; two caches with equal fingerprints hold equal signals.
-
-    top_k is None for dense logits; `view` names the augmentation of the inputs ("none": the plain rows).
-    """
-
-    teacher_sha256: str
-    teacher_details: dict[str, Any]
-    data_sha256: str
-    view: str
-    num_classes: int
-    top_k: int | None
-    dtype: str
-
-
-@dataclass(frozen=True)
-class CacheManifest:
-    """What a cache folder says of itself. `kl_gap`: mean KL(teacher || what the cache gives back), nats, by temperature."""
-
-    fingerprint: CacheFingerprint
-    rows: int
-    shard_rows: int
-    complete: bool
-    teacher_source: str
-    kl_gap: dict[str, float] = field(default_factory=dict)
-    teacher_training_flops: float | None = None
-    scoring_flops: float | None = None
-
-
-def read_manifest(folder: Path) -> CacheManifest:
-    """The manifest of a cache folder. Raises CacheError where it is missing or damaged."""
-    path = folder / MANIFEST_FILE
-    try:
-        plain = json.loads(path.read_text())
-        return CacheManifest(**{**plain, "fingerprint": CacheFingerprint(**plain["fingerprint"])})
-    except FileNotFoundError:
-        raise CacheError(f"no {MANIFEST_FILE} in {folder}; write the cache first with `distill cache`") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CacheError(f"{path} is not a cache manifest ({error}); delete the folder and write it again") from None
-
-
-def refuse_difference(given: CacheFingerprint, expected: CacheFingerprint, folder: Path) -> None:
-    """Raise CacheError naming every field in which a cache differs from what is asked of it."""
-    found, wanted = asdict(given), asdict(expected)
-    differing = [f"{name}: cache has {found[name]!r}, needed {wanted[name]!r}" for name in found if found[name] != wanted[name]]
-    if differing:
-        raise CacheError(
-            f"the cache {folder} was made for something else ({'; '.join(differing)}); "
-            "write a cache of this teacher and these data into another folder"
-        )
+GAP_ROWS = 10_000
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CacheWriter:
     """Writes the signals of one split, shard by shard, and measures what compression costs.
 
-    shard_rows  rows of one shard file: the most that a kill can lose
-    Raises CacheError where the folder already holds a cache with another fingerprint, and on a full disk.
+    rows        rows of the split
+    shard_rows  rows of one shard file: the most that a kill can lose; a cache that is gone on with keeps its own
+    Raises CacheError where the folder already holds a cache with another fingerprint or of other rows, and on a full
+    disk; ConfigError for a dtype, top_k or shard_rows that fits no cache.
     """
 
     def __init__(self, folder: Path, fingerprint: CacheFingerprint, *, rows: int, shard_rows: int = 10_000) -> None:
@@ -98,44 +57,61 @@ class CacheWriter:
         if shard_rows < 1:
             raise ConfigError(f"shard_rows is {shard_rows}; expected at least 1")
         self.folder, self.fingerprint, self.rows, self.shard_rows = folder, fingerprint, rows, shard_rows
+        self._sealed: dict[str, str] = {}
         if (folder / MANIFEST_FILE).exists():
             known = read_manifest(folder)
             refuse_difference(known.fingerprint, fingerprint, folder)
-            self.shard_rows = known.shard_rows
+            if known.rows != rows:
+                raise CacheError(
+                    f"the cache {folder} is of {known.rows} rows, the split now has {rows}; write another selection of "
+                    "the data into another folder"
+                )
+            self.shard_rows, self._sealed = known.shard_rows, dict(known.shards)
 
     def write(self, teacher: AbstractTeacher, data: Any, split: str) -> Iterator[int]:
         """Score the shards that are missing, yielding the rows finished so far after each; the last step seals it.
 
         `data.loader(split, batch_size=...)` gives unshuffled, unaugmented batches, so a shard's rows are always the
-        same ones.
+        same ones. A sealed cache whose shards are all as they were is left alone.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._write_manifest(teacher, complete=False, gap={})
+        manifest = self._manifest(teacher)
+        untouched = bool(self._sealed)
+        if not untouched:
+            self._write_manifest(manifest)
         done = 0
         for number, batch in enumerate(data.loader(split, batch_size=self.shard_rows)):
             path = self.folder / f"shard-{number:05d}.safetensors"
-            if not _is_whole(path, batch):
+            if not _is_whole(path, batch, self._sealed.get(path.name)):
+                if untouched:
+                    self._write_manifest(manifest)
+                    untouched = False
                 self._write_shard(path, batch, teacher.signal(batch))
             done += len(batch)
             yield done
         if done != self.rows:
             raise CacheError(f"the split {split!r} gave {done} rows where {self.rows} were expected")
-        self._write_manifest(teacher, complete=True, gap=self._gap(teacher, data, split))
+        if not untouched:
+            self._seal(manifest, teacher, data, split)
+
+    def _manifest(self, teacher: AbstractTeacher) -> CacheManifest:
+        return CacheManifest(
+            fingerprint=self.fingerprint,
+            rows=self.rows,
+            shard_rows=self.shard_rows,
+            complete=False,
+            teacher_source=teacher.identity.source,
+            teacher_training_flops=teacher.identity.training_flops,
+            scoring_flops=teacher.flops_per_row() * self.rows,
+        )
+
+    def _seal(self, manifest: CacheManifest, teacher: AbstractTeacher, data: Any, split: str) -> None:
+        gap = self._gap(teacher, data, split)
+        hashes = {path.name: _sha256(path.read_bytes()) for path in sorted(self.folder.glob(SHARDS))}
+        self._write_manifest(replace(manifest, complete=True, kl_gap=gap, shards=hashes))
 
     def _write_shard(self, path: Path, batch: ClassBatch, signal: TeacherSignal) -> None:
-        dtype, top_k = DTYPES[self.fingerprint.dtype], self.fingerprint.top_k
-        if not isinstance(signal, DenseLogits):
-            raise CacheError(f"only a dense teacher can be cached, this one gives {type(signal).__name__}")
-        tensors = {"index": batch.index_B}
-        if top_k is None:
-            tensors["logits"] = signal.logits_NV.to(dtype)
-        else:
-            sparse = keep_top_k(signal, top_k)
-            tensors |= {
-                "ids": sparse.ids_NK.to(torch.int32),
-                "logprobs": sparse.logprobs_NK.to(dtype),
-                "tail_logprob": sparse.tail_logprob_N.to(dtype),
-            }
+        tensors = {"index": batch.index_B, **self._columns(batch, signal)}
         partial = path.with_suffix(".partial")
         try:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
@@ -144,41 +120,51 @@ class CacheWriter:
             partial.unlink(missing_ok=True)
             self._explain(error, path)
 
+    def _columns(self, batch: ClassBatch, signal: TeacherSignal) -> dict[str, Tensor]:
+        dtype, top_k = DTYPES[self.fingerprint.dtype], self.fingerprint.top_k
+        if not isinstance(signal, DenseLogits):
+            raise CacheError(f"only a dense teacher can be cached, this one gives {type(signal).__name__}")
+        stored_NV = signal.logits_NV.to(dtype)
+        bad_N = (stored_NV.isnan() | stored_NV.isinf() & ~signal.logits_NV.isneginf()).any(dim=-1)
+        if bool(bad_N.any()):
+            raise CacheError(
+                f"the teacher's logits of row {int(batch.index_B[bad_N][0])} are not finite in {self.fingerprint.dtype}; "
+                "give dtype=float32, or look at the teacher"
+            )
+        if top_k is None:
+            return {"logits": stored_NV}
+        sparse = keep_top_k(signal, top_k)
+        return {
+            "ids": sparse.ids_NK.to(torch.int32),
+            "logprobs": sparse.logprobs_NK.to(dtype),
+            "tail_logprob": sparse.tail_logprob_N.to(dtype),
+        }
+
     def _explain(self, error: Exception, path: Path) -> None:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full" if full else f"the file could not be written ({error})"
-        whole = len(list(self.folder.glob("shard-*.safetensors")))
+        full = getattr(error, "errno", None) in NO_SPACE or any(os.strerror(code) in str(error) for code in NO_SPACE)
+        reason = "the disk is full" if full else "the file could not be written"
+        whole = len(list(self.folder.glob(SHARDS)))
         raise CacheError(
-            f"{reason} at {path.name} of {self.folder}; {whole} finished shards are kept. "
+            f"{reason} ({error}) at {path.name} of {self.folder}; {whole} finished shards are kept. "
             "Free space and run the same command again: it goes on from there"
         ) from error
 
-    def _gap(self, teacher: AbstractTeacher, data: Any, split: str, rows: int = 10_000) -> dict[str, float]:
-        """Mean KL(dense teacher || read-back signal) in nats over the first rows, by temperature."""
+    def _gap(self, teacher: AbstractTeacher, data: Any, split: str) -> dict[str, float]:
+        """Mean KL(dense teacher || read-back signal) in nats over the first GAP_ROWS rows, by temperature."""
         reader = CachedTeacher(self.folder, require_complete=False)
         totals, counted = dict.fromkeys(GAP_TEMPERATURES, 0.0), 0
-        for batch in data.loader(split, batch_size=2_048):
+        for batch in data.loader(split, batch_size=2_000):
             dense, stored = teacher.signal(batch), reader.signal(batch)
             if not isinstance(dense, DenseLogits):
                 raise CacheError("only a dense teacher can be cached")
             for temperature in GAP_TEMPERATURES:
                 totals[temperature] += float(_kl_to_stored(dense, stored, temperature).sum())
             counted += len(batch)
-            if counted >= rows:
+            if counted >= GAP_ROWS:
                 break
         return {f"{temperature:g}": total / max(counted, 1) for temperature, total in totals.items()}
 
-    def _write_manifest(self, teacher: AbstractTeacher, *, complete: bool, gap: dict[str, float]) -> None:
-        manifest = CacheManifest(
-            fingerprint=self.fingerprint,
-            rows=self.rows,
-            shard_rows=self.shard_rows,
-            complete=complete,
-            teacher_source=teacher.identity.source,
-            kl_gap=gap,
-            teacher_training_flops=teacher.identity.training_flops,
-            scoring_flops=teacher.flops_per_row() * self.rows,
-        )
+    def _write_manifest(self, manifest: CacheManifest) -> None:
         partial = self.folder / (MANIFEST_FILE + ".partial")
         try:
             partial.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
@@ -191,11 +177,13 @@ class CacheWriter:
 class CachedTeacher(AbstractTeacher):
     """The signals of a cache folder, held in memory and looked up by `index`.
 
-    Raises CacheError where the folder is incomplete, a shard is damaged, a row is missing or doubled, the data or the
-    view differ (`connect`), or `expected_teacher_sha256` names another teacher.
+    Raises CacheError where the folder is incomplete, a shard is missing or damaged, a row is missing or doubled, the
+    data or the view differ (`connect`), or `expected_teacher_sha256` names another teacher.
     """
 
-    def __init__(self, folder: Path, *, expected_teacher_sha256: str | None = None, require_complete: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *, expected_teacher_sha256: str | None = None, require_complete: bool = True
+    ) -> None:
         self.folder, self.manifest = folder, read_manifest(folder)
         mark = self.manifest.fingerprint
         if require_complete and not self.manifest.complete:
@@ -216,11 +204,8 @@ class CachedTeacher(AbstractTeacher):
         self._columns, self._row_of = self._read_shards()
 
     def _read_shards(self) -> tuple[dict[str, Tensor], Tensor]:
-        paths = sorted(self.folder.glob("shard-*.safetensors"))
-        try:
-            shards = [load_file(path) for path in paths]
-        except SafetensorError as error:
-            raise CacheError(f"a shard of {self.folder} is damaged ({error}); delete it and run `distill cache` again") from None
+        names = list(self.manifest.shards) or sorted(path.name for path in self.folder.glob(SHARDS))
+        shards = [self._read_shard(name) for name in names]
         if not shards:
             raise CacheError(f"the cache {self.folder} holds no shard; run `distill cache` again")
         columns = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
@@ -234,9 +219,22 @@ class CachedTeacher(AbstractTeacher):
         row_of[index_N] = torch.arange(len(index_N))
         return columns, row_of
 
+    def _read_shard(self, name: str) -> dict[str, Tensor]:
+        advice = "run the `distill cache` command that made it again: it writes that shard anew"
+        try:
+            content = (self.folder / name).read_bytes()
+        except FileNotFoundError:
+            raise CacheError(f"the shard {name} of {self.folder} is missing; {advice}") from None
+        if self.manifest.shards.get(name, _sha256(content)) != _sha256(content):
+            raise CacheError(f"the shard {name} of {self.folder} is damaged: its bytes are not those written; {advice}")
+        try:
+            return load(content)
+        except SafetensorError as error:
+            raise CacheError(f"the shard {name} of {self.folder} is damaged ({error}); {advice}") from None
+
     def connect(self, data: Any) -> None:
         mark = self.manifest.fingerprint
-        expected = CacheFingerprint(**{**asdict(mark), "data_sha256": data.source_fingerprint("train"), "view": data.transform_name})
+        expected = replace(mark, data_sha256=data.source_fingerprint("train"), view=data.transform_name)
         refuse_difference(mark, expected, self.folder)
 
     def signal(self, batch: ClassBatch) -> TeacherSignal:
@@ -245,7 +243,8 @@ class CachedTeacher(AbstractTeacher):
             raise CacheError(f"the cache {self.folder} has no row {int(index_B.max())}; write it for the whole split")
         row_B = self._row_of[index_B]
         if bool((row_B < 0).any()):
-            raise CacheError(f"the cache {self.folder} has no row {int(index_B[row_B < 0][0])}; write it for the whole split")
+            missing = int(index_B[row_B < 0][0])
+            raise CacheError(f"the cache {self.folder} has no row {missing}; write it for the whole split")
         if self.manifest.fingerprint.top_k is None:
             return DenseLogits(self._columns["logits"][row_B].float())
         return TopKLogprobs(
@@ -288,11 +287,14 @@ def _kl_to_stored(dense: DenseLogits, stored: TeacherSignal, temperature: float)
     return forward_kl(logits_NV.double(), dense.logits_NV.double(), temperature=temperature)
 
 
-def _is_whole(path: Path, batch: ClassBatch) -> bool:
-    """Whether the shard exists, reads, and holds exactly this batch's rows."""
-    if not path.exists():
-        return False
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _is_whole(path: Path, batch: ClassBatch, sha256: str | None) -> bool:
+    """Whether the shard exists, reads, holds exactly this batch's rows and, once sealed, the bytes it was sealed with."""
     try:
-        return torch.equal(load_file(path)["index"], batch.index_B.cpu())
-    except (SafetensorError, KeyError):
+        content = path.read_bytes()
+        return sha256 in (None, _sha256(content)) and torch.equal(load(content)["index"], batch.index_B.cpu())
+    except (FileNotFoundError, SafetensorError, KeyError):
         return False

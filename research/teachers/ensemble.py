@@ -3,17 +3,24 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from research.errors import CheckpointError, ConfigError
-from research.models.flops import flops_per_row
 from research.records import ClassBatch, DenseLogits
 from research.teachers.base import AbstractTeacher, TeacherIdentity
 from research.teachers.frozen import FrozenTeacher, LoadedNetwork
 
 MEANS = ("arithmetic", "geometric")
+
+
+@dataclass(frozen=True)
+class _MemberFacts:
+    num_classes: int
+    identity: TeacherIdentity
+    flops: float
 
 
 class EnsembleTeacher(AbstractTeacher):
@@ -26,7 +33,8 @@ class EnsembleTeacher(AbstractTeacher):
                  this T gives exactly the mean; for the geometric mean every T gives the same signal
     streamed     read members one at a time (memory of one); False keeps all of them
 
-    Raises ConfigError for no member or an unknown mean, CheckpointError where members differ in classes.
+    Raises ConfigError for no member or an unknown mean, CheckpointError where members differ in classes or where one
+    that is streamed has changed since construction.
     """
 
     def __init__(
@@ -43,50 +51,50 @@ class EnsembleTeacher(AbstractTeacher):
             raise ConfigError(f"teacher.mean is {mean!r}; expected one of {', '.join(MEANS)}")
         if not (math.isfinite(temperature) and temperature > 0):
             raise ConfigError(f"teacher.temperature is {temperature}; expected a positive number")
-        self._loaders, self._mean, self._temperature = list(loaders), mean, temperature
+        self._loaders, self._mean, self._temperature, self._streamed = list(loaders), mean, temperature, streamed
         self._device: torch.device | str = "cpu"
         self._kept: list[FrozenTeacher] = []
-        hashes, sources, flops, spent = [], [], 0.0, []
-        for loader in self._loaders:
-            loaded = loader()
-            member = FrozenTeacher(loaded)
-            if hashes and member.num_classes != self.num_classes:
+        facts = [self._read(loader) for loader in self._loaders]
+        self.num_classes = facts[0].num_classes
+        for fact in facts:
+            if fact.num_classes != self.num_classes:
                 raise CheckpointError(
-                    f"{loaded.source} predicts {member.num_classes} classes, {sources[0]} predicts {self.num_classes}; "
-                    "the members of an ensemble must share their classes"
+                    f"{fact.identity.source} predicts {fact.num_classes} classes, {facts[0].identity.source} predicts "
+                    f"{self.num_classes}; the members of an ensemble must share their classes"
                 )
-            self.num_classes = member.num_classes
-            hashes.append(member.identity.sha256)
-            sources.append(loaded.source)
-            flops += flops_per_row(loaded.network, loaded.input_shape, backward=False)
-            spent.append(loaded.training_flops)
-            if not streamed:
-                self._kept.append(member)
-        self._flops = flops
+        self._hashes = [fact.identity.sha256 for fact in facts]
+        self._flops = sum(fact.flops for fact in facts)
+        spent = [fact.identity.training_flops for fact in facts]
         self.identity = TeacherIdentity(
             kind="ensemble",
-            sha256=hashlib.sha256("".join(hashes).encode()).hexdigest(),
-            source=", ".join(sources),
-            details={"mean": mean, "temperature": temperature, "members": len(hashes)},
+            sha256=hashlib.sha256("".join(self._hashes).encode()).hexdigest(),
+            source=", ".join(fact.identity.source for fact in facts),
+            details={"mean": mean, "temperature": temperature, "members": len(facts)},
             training_flops=None if None in spent else sum(s for s in spent if s is not None),
         )
 
+    def _read(self, loader: Callable[[], LoadedNetwork]) -> _MemberFacts:
+        """What is known of a member, which itself is kept only where nothing is streamed."""
+        member = FrozenTeacher(loader())
+        if not self._streamed:
+            self._kept.append(member)
+        return _MemberFacts(member.num_classes, member.identity, member.flops_per_row())
+
     def signal(self, batch: ClassBatch) -> DenseLogits:
-        total: Tensor | None = None
-        for position in range(len(self._loaders)):
-            member = self._kept[position] if self._kept else FrozenTeacher(self._loaders[position]())
-            logprobs = torch.log_softmax(member.to(self._device).signal(batch).logits_NV / self._temperature, dim=-1)
-            if total is None:
-                total = logprobs
-            elif self._mean == "arithmetic":
-                total = torch.logaddexp(total, logprobs)
-            else:
-                total = total + logprobs
-        if total is None:
-            raise ConfigError("an ensemble needs at least one member")
+        total = self._logprobs(0, batch)
+        for position in range(1, len(self._loaders)):
+            logprobs = self._logprobs(position, batch)
+            total = torch.logaddexp(total, logprobs) if self._mean == "arithmetic" else total + logprobs
         count = len(self._loaders)
         mean = total - math.log(count) if self._mean == "arithmetic" else total / count
         return DenseLogits(mean * self._temperature)
+
+    def _logprobs(self, position: int, batch: ClassBatch) -> Tensor:
+        """One member's softened logprobs; a member read for this batch is gone on return, before the next is read."""
+        member = FrozenTeacher(self._loaders[position]()) if self._streamed else self._kept[position]
+        if member.identity.sha256 != self._hashes[position]:
+            raise CheckpointError(f"{member.identity.source} has changed on disk since the ensemble was made of it")
+        return torch.log_softmax(member.to(self._device).signal(batch).logits_NV / self._temperature, dim=-1)
 
     def to(self, device: torch.device | str) -> "EnsembleTeacher":
         self._device = device

@@ -27,7 +27,8 @@ class FrozenTeacher(AbstractTeacher):
     """`DenseLogits` from a network that this class alone holds.
 
     The network is switched to eval mode and stripped of gradients once; its hash is taken at construction, so a
-    record names exactly the weights that taught.
+    record names exactly the weights that taught. It runs in its own precision, whatever the student trains in, so that
+    its signal is the one that a cache of it holds.
     """
 
     def __init__(self, loaded: LoadedNetwork) -> None:
@@ -45,7 +46,8 @@ class FrozenTeacher(AbstractTeacher):
 
     @torch.no_grad()
     def signal(self, batch: ClassBatch) -> DenseLogits:
-        return DenseLogits(self._network(batch.inputs).float())
+        with torch.autocast(batch.inputs.device.type, enabled=False):
+            return DenseLogits(self._network(batch.inputs).float())
 
     def to(self, device: torch.device | str) -> "FrozenTeacher":
         self._network.to(device)

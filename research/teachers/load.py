@@ -83,7 +83,9 @@ def cached(
 
 def _given(path: str | None) -> str:
     if not path:
-        raise ConfigError("teacher.path is not set; give the folder of a finished run, a cache, or a Hugging Face folder")
+        raise ConfigError(
+            "teacher.path is not set; give the folder of a finished run, a cache, or a Hugging Face folder"
+        )
     return str(path)
 
 

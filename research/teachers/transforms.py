@@ -1,6 +1,7 @@
 """Controls: the teacher's signal with one property taken away, to see which property teaches (claims C05)."""
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -27,18 +28,21 @@ class PermutedWrongClasses(AbstractTeacher):
         self._teacher, self._scope, self._seed = teacher, scope, seed
         self.num_classes = teacher.num_classes
         self.identity = _derived(teacher, "permuted", {"scope": scope, "permutation_seed": seed})
-        self._order_PV = torch.empty(0, self.num_classes - 1, dtype=torch.long)
+        self._order_PV: Tensor | None = None
+        self._device: torch.device | str = "cpu"
 
     def connect(self, data: Any) -> None:
         self._teacher.connect(data)
         rows = int(data.num_official_rows("train")) if self._scope == "per_example" else self.num_classes
         noise = torch.rand(rows, self.num_classes - 1, generator=rng_for(self._seed, f"permuted/{self._scope}"))
-        self._order_PV = noise.argsort(dim=1)
+        self._order_PV = noise.argsort(dim=1).to(self._device)
 
     def signal(self, batch: ClassBatch) -> DenseLogits:
+        if self._order_PV is None:
+            raise ConfigError("a permuted teacher needs connect(data) before its first signal")
         logits_NV = _dense(self._teacher, batch, "permuted")
         key_N = batch.index_B if self._scope == "per_example" else batch.label_B
-        order_NV = self._order_PV.to(key_N.device)[key_N]
+        order_NV = self._order_PV[key_N]
         classes_V = torch.arange(self.num_classes, device=logits_NV.device)
         is_wrong_NV = classes_V != batch.label_B[:, None]
         wrong_NV = logits_NV[is_wrong_NV].reshape(-1, self.num_classes - 1)
@@ -48,10 +52,15 @@ class PermutedWrongClasses(AbstractTeacher):
 
     def to(self, device: torch.device | str) -> "PermutedWrongClasses":
         self._teacher.to(device)
+        self._device = device
+        self._order_PV = None if self._order_PV is None else self._order_PV.to(device)
         return self
 
     def flops_per_row(self) -> float:
         return self._teacher.flops_per_row()
+
+    def spent_flops(self) -> float:
+        return self._teacher.spent_flops()
 
 
 class VirtualTeacher(AbstractTeacher):
@@ -72,15 +81,25 @@ class VirtualTeacher(AbstractTeacher):
                 f"signal_transform.true_class_probability is {true_class_probability}; "
                 f"expected a number between {1 / self.num_classes:.3f} (uniform) and 1, or null to match the teacher"
             )
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ConfigError(f"signal_transform.temperature is {temperature}; expected a positive, finite number")
+        self._matched = true_class_probability is None
         self._probability = true_class_probability
-        self.identity = _derived(teacher, "virtual", {"true_class_probability": true_class_probability})
+        self.identity = self._identity()
 
     def connect(self, data: Any) -> None:
         self._teacher.connect(data)
         if self._probability is None:
             self._probability = probability_with_entropy(self._mean_entropy(data), self.num_classes)
-            details = {"true_class_probability": self._probability, "matched": "mean entropy"}
-            self.identity = _derived(self._teacher, "virtual", details)
+            self.identity = self._identity()
+
+    def _identity(self) -> TeacherIdentity:
+        details = {
+            "true_class_probability": self._probability,
+            "matched": "mean entropy" if self._matched else None,
+            "softened_at": self._temperature,
+        }
+        return _derived(self._teacher, "virtual", details)
 
     def _mean_entropy(self, data: Any) -> float:
         """Mean entropy in nats of the wrapped teacher's softened distribution over the training rows."""
@@ -95,7 +114,7 @@ class VirtualTeacher(AbstractTeacher):
         if self._probability is None:
             raise ConfigError("a virtual teacher that matches entropy needs connect(data) before its first signal")
         rest = (1 - self._probability) / (self.num_classes - 1)
-        gap = self._temperature * float(torch.log(torch.tensor(self._probability / rest, dtype=torch.float64)))
+        gap = self._temperature * math.log(self._probability / rest)
         logits_NV = torch.zeros(len(batch), self.num_classes, device=batch.label_B.device)
         return DenseLogits(logits_NV.scatter(1, batch.label_B[:, None], gap))
 

@@ -233,6 +233,21 @@ def test_p26_fingerprint_tells_one_changed_value(make: Make, kind: str, monkeypa
         assert make().fingerprint("train") != before
 
 
+def test_source_fingerprint_is_that_of_the_official_split(make: Make, kind: str) -> None:
+    variants: list[dict[str, Any]] = [
+        {},
+        {"keep_classes": [0, 1]},
+        {"fraction": 0.5},
+        {"split_seed": 1},
+        {"holdout": 0},
+    ]
+    prints = {make(**options).source_fingerprint("train") for options in variants}
+    assert len(prints) == 1 and prints == {make().source_fingerprint("val")}
+    assert make().source_fingerprint("test") not in prints
+    for split in SPLITS:
+        assert make().num_official_rows(split) == len(official(kind)["test" if split == "test" else "train"].label_N)
+
+
 def test_only_train_has_a_view(make: Make) -> None:
     if make.image_shape is None:
         with pytest.raises(ValueError, match="no images"):

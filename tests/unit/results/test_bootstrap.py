@@ -102,7 +102,9 @@ def test_coverage_over_seeds_and_items() -> None:
         truth = num_items * (0.3 / 1.5 - 0.3 / 1.8)
         shift = rng.normal(0, 0.02, (2, n))  # training noise
         wrong = {
-            (arm, s): rng.random(num_items) < p * (1 + shift[arm, s]) for arm, p in ((0, hard), (1, soft)) for s in range(n)
+            (arm, s): rng.random(num_items) < p * (1 + shift[arm, s])
+            for arm, p in ((0, hard), (1, soft))
+            for s in range(n)
         }
         resampler = ItemResampler({str(key): column for key, column in wrong.items()}, 1000, rng_seed=3)
         values = np.array([float(wrong[0, s].sum()) - float(wrong[1, s].sum()) for s in range(n)])

@@ -52,7 +52,9 @@ SOFT = [95.0, 99.0, 97.0, 90.0, 101.0, 96.0]
 
 @pytest.mark.parametrize(("lower", "sign"), [(True, 1), (False, -1)])
 def test_difference_is_positive_where_the_treatment_is_better(lower: bool, sign: int) -> None:
-    result = compare(_spec("difference", lower, baseline="hard", treatment="soft"), _panel({"hard": HARD, "soft": SOFT}))
+    result = compare(
+        _spec("difference", lower, baseline="hard", treatment="soft"), _panel({"hard": HARD, "soft": SOFT})
+    )
     d = np.subtract(HARD, SOFT)
     half = 2.5706 * d.std(ddof=1) / np.sqrt(6)
     assert result.estimate == pytest.approx(sign * d.mean())
@@ -155,13 +157,13 @@ def test_best_level_share_agrees_with_a_loop_over_all_resamples() -> None:
     assert compare(spec, panel).p_value == pytest.approx(contradicted / len(picks), abs=0.02)
 
 
-def _with_items(n: int, shared: bool) -> Panel:
-    """hard and soft on 1,000 items; soft gets 40 of the 60 hard ones right. ``shared``: the same items for every seed."""
+def _with_items(n: int) -> Panel:
+    """Two arms on 1,000 items: 60 wrong, and 20 of those 60, the same items for every seed."""
     cells = _cells({"hard": [{}], "soft": [{}]}, n)
     label, predictions = np.zeros(1000, np.uint8), {}
     for cell in cells:
         wrong = np.zeros(1000, np.uint8)
-        order = np.random.default_rng(0 if shared else cell.seed).permutation(1000)[: 60 if cell.arm == "hard" else 20]
+        order = np.random.default_rng(0).permutation(1000)[: 60 if cell.arm == "hard" else 20]
         wrong[order] = 1
         predictions[cell.key] = wrong
     items = StudyItems("test", np.arange(1000), label, predictions)
@@ -169,14 +171,17 @@ def _with_items(n: int, shared: bool) -> Panel:
 
 
 def test_items_are_resampled_together_for_both_arms() -> None:
-    result = compare(_spec("difference", baseline="hard", treatment="soft"), _with_items(6, shared=True))
+    result = compare(_spec("difference", baseline="hard", treatment="soft"), _with_items(6))
     # no seed noise at all: what is left is drawing 40 discordant items among 1,000, sd sqrt(40 x .96) = 6.2
     assert result.estimate == 40.0 and "seeds and items" in result.test
-    assert (result.low, result.high) == (pytest.approx(40 - 1.96 * 6.2, abs=1.0), pytest.approx(40 + 1.96 * 6.2, abs=1.0))
+    assert (result.low, result.high) == (
+        pytest.approx(40 - 1.96 * 6.2, abs=1.0),
+        pytest.approx(40 + 1.96 * 6.2, abs=1.0),
+    )
 
 
 def test_a_metric_that_items_cannot_give_falls_back_to_seeds() -> None:
-    panel = _with_items(6, shared=True)
+    panel = _with_items(6)
     for key, record in panel.records.items():
         record["metrics"]["test/nll"] = 2.0 if key.startswith("hard") else 1.0  # type: ignore[index]
     spec = dataclasses.replace(_spec("difference", baseline="hard", treatment="soft"), metric="test/nll")
@@ -185,14 +190,14 @@ def test_a_metric_that_items_cannot_give_falls_back_to_seeds() -> None:
 
 
 def test_items_that_contradict_the_record_are_refused() -> None:
-    panel = _with_items(6, shared=True)
+    panel = _with_items(6)
     panel.records["soft/seed=3"]["metrics"][METRIC] = 21.0  # type: ignore[index]
     with pytest.raises(StudyError, match=r"soft/seed=3.*21.*20"):
         compare(_spec("difference", baseline="hard", treatment="soft"), panel)
 
 
 def test_accuracy_is_rebuilt_from_items_too() -> None:
-    panel = _with_items(6, shared=True)
+    panel = _with_items(6)
     for record in panel.records.values():
         record["metrics"]["test/accuracy"] = 1 - record["metrics"][METRIC] / 1000
     spec = dataclasses.replace(_spec("difference", False, baseline="hard", treatment="soft"), metric="test/accuracy")
@@ -281,7 +286,9 @@ def test_p121_minimum_seeds_are_the_least_whose_test_can_reach_05() -> None:
 
 
 def test_p121_five_wins_of_five_are_inconclusive() -> None:
-    result = compare(_spec("difference", baseline="hard", treatment="soft"), _panel({"hard": HARD[:5], "soft": SOFT[:5]}))
+    result = compare(
+        _spec("difference", baseline="hard", treatment="soft"), _panel({"hard": HARD[:5], "soft": SOFT[:5]})
+    )
     assert (result.n, result.p_value, result.smallest_p) == (5, 0.0625, 0.0625) and result.low > 0
     verdict, reason = verdict_for("difference", low=result.low, high=result.high, p_value=result.p_value, n=result.n)
     assert verdict == "INCONCLUSIVE" and "5 given" in reason

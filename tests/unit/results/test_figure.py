@@ -33,7 +33,9 @@ comparison: {kind: best_level, arm: soft, factor: temperature, group: width, low
 
 def _strip(workshop) -> Plot:
     study = workshop.study()
-    values = {cell.key: {"metrics": {"test/errors": 10.0 + cell.seed}} for cell in cells(study) if cell.key != "soft/seed=5"}
+    values = {
+        cell.key: {"metrics": {"test/errors": 10.0 + cell.seed}} for cell in cells(study) if cell.key != "soft/seed=5"
+    }
     values["requires/teacher"] = {"metrics": {"test/errors": 4.0}}
     return plot_of(study, Panel(cells(study), values), "INCONCLUSIVE", "soft differs by 3.")
 

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import math
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,20 @@ def test_writing_leaves_the_old_record_where_it_cannot_finish(tmp_path: Path) ->
     assert path.read_bytes() == before and [item.name for item in tmp_path.iterdir()] == ["run.json"]
 
 
+def test_a_full_disk_leaves_the_old_record_whole(tmp_path: Path) -> None:
+    """The process may write files of at most 100 bytes: the write fails half way, as on a full disk."""
+    path = write_record(tmp_path / "run.json", RECORD)
+    before = path.read_bytes()
+    script = (
+        "import resource, sys; from research.results.record import read_record, write_record; "
+        "record = read_record(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); "
+        "write_record(sys.argv[1], record)"
+    )
+    result = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
+    assert result.returncode != 0 and "OSError" in result.stderr
+    assert path.read_bytes() == before and [item.name for item in tmp_path.iterdir()] == ["run.json"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -99,14 +114,26 @@ def test_p116_secrets_do_not_reach_the_file(tmp_path: Path) -> None:
     record = dataclasses.replace(
         RECORD,
         config=config,
-        overrides=[f"logger.api_key={secret}", f"+hub.token={secret}", "seed=3", f"logger={{project: a, api_key: {secret}}}"],
+        overrides=[
+            f"logger.api_key={secret}",
+            f"+hub.token={secret}",
+            "seed=3",
+            f"logger={{project: a, api_key: {secret}}}",
+        ],
         command=f"distill train logger.password={secret} seed=3",
     )
     assert secret not in write_record(tmp_path / "run.json", record).read_text()
 
 
 def test_p116_what_is_no_secret_stays() -> None:
-    config = {"max_tokens": 512, "tokenizer": "byte", "eos_token": "</s>", "api_key": None, "num_tokens": [1, 2], "token": ""}
+    config = {
+        "max_tokens": 512,
+        "tokenizer": "byte",
+        "eos_token": "</s>",
+        "api_key": None,
+        "num_tokens": [1, 2],
+        "token": "",
+    }
     masked = mask_secrets(config)
     assert {**config, "token": "***"} == masked
     assert mask_overrides(["max_tokens=5", "data=mnist", "~logger", "x.tokenizer=a"]) == [

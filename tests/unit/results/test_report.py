@@ -87,6 +87,7 @@ def test_collecting_twice_gives_the_same_bytes_and_no_machine_paths(workshop) ->
         ("[/a/b, '/c/d']", "[<path>/b, '<path>/d']"),
         ("/runs/study/soft/seed=0", "{runs}/soft/seed=0"),
         ("relative/path", "relative/path"),
+        ("/runs/study-2/a", "<path>/a"),
         ({"k": ["/x/y", 3, None]}, {"k": ["<path>/y", 3, None]}),
     ],
 )
@@ -164,6 +165,23 @@ def test_a_claim_that_does_not_show_fails(workshop) -> None:
     assert verdict["verdict"] == "FAILS" and verdict["comparison"]["high"] < 0
 
 
+def test_secondary_differences_are_judged_by_their_holm_p(workshop, study_text: str) -> None:
+    """Six seeds won by each of two secondary contrasts: p = .031 each, .0625 as a family."""
+    extra = "  other_way: {kind: difference, baseline: hard, treatment: soft, metric: test/nll}\n"
+    again = "  once_more: {kind: difference, baseline: hard, treatment: soft}\n"
+    study = workshop.study(study_text.replace("published:", f"{extra}{again}published:"))
+    workshop.fill(study, {"hard": 40, "soft": 15})
+    collect(study, workshop.runs)
+    build_report(study.path.parent)
+    verdict = json.loads((study.path.parent / "verdict.json").read_text())
+    assert verdict["verdict"] == "HOLDS"
+    for name in ("other_way", "once_more"):
+        entry = verdict["secondary"][name]
+        assert (entry["p_value"], entry["p_holm"]) == (0.03125, 0.0625)
+        assert (entry["verdict"], entry["reason"]) == ("INCONCLUSIVE", "Holm p is not below .05")
+    assert verdict["secondary"]["gap_closed"]["p_holm"] == pytest.approx(3 / 64)
+
+
 def test_results_of_a_preset_stay_apart(workshop) -> None:
     folder, _ = _built(workshop)
     before = _contents(folder)
@@ -204,7 +222,9 @@ def test_table_blanks_unmeasured_costs_p122(workshop) -> None:
     assert (soft["run_tokens"], soft["run_seconds"]) == ("9", "")
     assert (hard["run_flops"], hard["charged_flops"], full["charged_flops"]) == ("6e+12", "", "4e+12")
     lines = (study.path.parent / "README.md").read_text().splitlines()
-    cells_of = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in lines if line[:2] == "| "}
+    cells_of = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in lines if line[:2] == "| "
+    }
     assert cells_of["soft"][7:9] == ["", ""] and cells_of["hard"][7] != "" and cells_of["hard"][8] == ""
 
 
@@ -245,7 +265,7 @@ def test_committed_records_are_checked(workshop) -> None:
     path = study.path.parent / RECORDS_FILE
     lines = path.read_text().splitlines(keepends=True)
     for broken, message in (
-        (lines[:3] + ["{\n"] + lines[4:], "line 4 is not a run's record"),
+        ([*lines[:3], "{\n", *lines[4:]], "line 4 is not a run's record"),
         ([*lines, lines[2]], "line 14 is 'hard/seed=1', which study.yaml does not declare or which stands there twice"),
         ([lines[0].replace("requires/teacher", "requires/pupil"), *lines[1:]], "line 1 is 'requires/pupil'"),
         (['{"cell": {"key": "hard/seed=0"}, "record": {}}\n'], "line 1"),
