@@ -20,6 +20,7 @@
 
 # %%
 import json
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -59,7 +60,8 @@ plt.show()
 # %%
 for temperature in (1, 6, 20):
     probs_V = torch.softmax(logits_V / temperature, dim=-1)
-    print(f"T = {temperature:2d}   truck : carrot = {float(probs_V[1] / probs_V[2]):.3g}   exp(22 / T) = {float(torch.exp(torch.tensor(22.0 / temperature))):.3g}")
+    ratio, law = float(probs_V[1] / probs_V[2]), math.exp((25 - 3) / temperature)
+    print(f"T = {temperature:2d}   truck : carrot = {ratio:.3g}   exp(22 / T) = {law:.3g}")
 
 # %% [markdown]
 # ## 2. The $T^2$ law (claim C02)
@@ -86,9 +88,13 @@ axis.loglog(temperatures, norms[False], "o-", color="#D55E00")
 axis.loglog(temperatures, norms[True], "o-", color="#0072B2")
 axis.text(temperatures[-1], norms[True][-1] * 1.3, "with $T^2$", color="#0072B2", ha="right")
 axis.text(temperatures[-1], norms[False][-1] * 6, "without", color="#D55E00", ha="right")
-axis.set(xlabel="temperature", ylabel="gradient norm", title="The soft term keeps its weight only with the factor $T^2$")
+axis.set(
+    xlabel="temperature", ylabel="gradient norm", title="The soft term keeps its weight only with the factor $T^2$"
+)
 plt.show()
-slope = torch.tensor(norms[False][-1] / norms[False][-4]).log() / torch.tensor(temperatures[-1] / temperatures[-4]).log()
+slope = (
+    torch.tensor(norms[False][-1] / norms[False][-4]).log() / torch.tensor(temperatures[-1] / temperatures[-4]).log()
+)
 print(f"slope of log norm on log T without the factor, at large T: {float(slope):.3f} (law: -2)")
 
 # %% [markdown]
@@ -107,8 +113,11 @@ STUDIES = [
     "speech_ensemble",
 ]
 verdicts = {name: json.loads((ROOT / "experiments" / name / "verdict.json").read_text()) for name in STUDIES}
-rows = [f"| {name} | {v['claim']} | **{v['verdict']}** | {sum(a['n'] for a in v['arms'].values())} | {v['seconds'] / 60:.0f} |" for name, v in verdicts.items()]
-display(Markdown("\n".join(["| study | claims | verdict | runs | minutes of compute |", "|---|---|---|--:|--:|", *rows])))
+rows = [
+    f"| {name} | {v['claim']} | **{v['verdict']}** | {sum(arm['n'] for arm in v['arms'].values())} |"
+    for name, v in verdicts.items()
+]
+display(Markdown("\n".join(["| study | claims | verdict | runs |", "|---|---|---|--:|", *rows])))
 
 # %%
 for name in STUDIES:

@@ -1,1 +1,1 @@
-"""Knowledge distillation as a research framework: soft targets, traces, on-policy, and what they are measured against."""
+"""Knowledge distillation as a research framework: soft targets, controls, studies that end in a verdict."""

@@ -21,7 +21,7 @@ _LISTS = (list, tuple, Sequence, Collection, Iterable)
 
 
 def locate_target(target: object, key: str, prefixes: tuple[str, ...]) -> Any:
-    """The class or function that `key._target_` names. Raises ConfigError where it is not one defined under `prefixes`."""
+    """The class or function that `key._target_` names; ConfigError where it is none defined under `prefixes`."""
     if not isinstance(target, str) or not target.startswith(prefixes):
         raise ConfigError(
             f"{key}._target_ is {target!r}; expected something under {', '.join(prefixes)} "
@@ -83,7 +83,8 @@ def check_types(called: Any, key: str, given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         expected = accepted.get(name, Any)
         if not fits(value, expected):
-            raise ConfigError(f"{key}.{name} is {value!r} ({type(value).__name__}); expected {_told(expected)}")
+            told = "null" if value is None else f"{value!r} ({type(value).__name__})"
+            raise ConfigError(f"{key}.{name} is {told}; expected {_told(expected)}")
 
 
 def fits(value: Any, expected: Any) -> bool:

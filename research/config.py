@@ -21,7 +21,6 @@ from research.arguments import check_names, check_types, locate_target, missing_
 from research.data.base import AbstractClassData
 from research.errors import ConfigError
 from research.methods.base import AbstractMethod, Training
-from research.models.build import ALLOWED_PREFIXES as MODEL_PREFIXES
 from research.models.build import build_network, describe
 from research.seeding import seed_for
 from research.teachers.base import AbstractTeacher
@@ -54,7 +53,7 @@ def plain(node: Any) -> dict[str, Any]:
     except InterpolationResolutionError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key} is an interpolation that leads nowhere: {reason}") from None
-    return dict(container) if isinstance(container, Mapping) else {}
+    return {str(key): value for key, value in container.items()} if isinstance(container, Mapping) else {}
 
 
 def build(cfg: DictConfig) -> Parts:
@@ -64,12 +63,11 @@ def build(cfg: DictConfig) -> Parts:
     for a key or value that does not fit, CheckpointError and CacheError for teachers that do not.
     """
     data = build_data(cfg)
-    facts = {"input_shape": tuple(data.input_shape), "num_classes": data.num_classes}
+    facts: dict[str, Any] = {"input_shape": tuple(data.input_shape), "num_classes": data.num_classes}
     description = plain(cfg.student)
-    _check_student(description, facts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(cfg.seed, "init"))
-        student = build_network(description, **facts)
+        student = build_network(description, **facts, key="student")
     architecture = describe(description, **facts)
     teacher = build_teacher(cfg, "teacher", facts)
     if plain(cfg.signal_transform).get("_target_"):
@@ -117,10 +115,10 @@ def build_logger(cfg: DictConfig, run_dir: Path) -> Any:
     node = plain(cfg.logger)
     if not node.get("_target_"):
         return False
+    extra = str(node["_target_"]).rpartition(".")[2].removesuffix("Logger").lower()
     try:
-        return make(node, "logger", save_dir=str(run_dir))
+        return make(node, "logger", save_dir=str(run_dir / "mlruns" if extra == "mlflow" else run_dir))
     except ModuleNotFoundError as error:
-        extra = str(node["_target_"]).rpartition(".")[2].removesuffix("Logger").lower()
         raise ConfigError(
             f"logger={extra} needs a package that is not installed; "
             f"pip install 'research-distillation[{extra}]', or choose logger=csv ({error})"
@@ -166,18 +164,6 @@ def expect_kind(made: Any, key: str, kind: type) -> Any:
     if not isinstance(made, kind):
         raise ConfigError(f"{key}._target_ gives a {type(made).__name__}; expected a {kind.__name__}")
     return made
-
-
-def _check_student(description: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """The student's keys and their types; its target is `build_network`'s to refuse."""
-    target = description.get("_target_")
-    if isinstance(target, str) and target.startswith(MODEL_PREFIXES):
-        given = {name: value for name, value in description.items() if name != "_target_"}
-        called = locate_target(target, "student", MODEL_PREFIXES)
-        check_names(called, target, "student", given)
-        check_types(called, "student", given)
-        for name in missing_arguments(called, given.keys() | facts.keys()):
-            raise ConfigError(f"student.{name} is not set; {target} needs it")
 
 
 def _training(cfg: DictConfig, student: nn.Module, architecture: dict[str, Any]) -> Training:

@@ -18,7 +18,6 @@ from research.errors import ConfigError
 
 SPLITS = ("train", "val", "test")
 WEIGHTS = ("last", "best")
-MONITORED = ("val/errors", "val/nll")
 _NAME = re.compile(r"[\w.+-]+")
 
 
@@ -102,7 +101,7 @@ class EvaluateConfig:
 
 @dataclass
 class StudyConfig:
-    """`distill study FOLDER`. `preset` is one of the study's own; `overrides` go to every cell, for trying out."""
+    """`distill study FOLDER`. `preset` is one of the study's own; `overrides` go to every train run: a trial."""
 
     name: str = "study"
     folder: str | None = None
@@ -146,10 +145,11 @@ def check_root(cfg: DictConfig, command: str) -> None:
     """
     _check_node(cfg, SCHEMAS[command], "")
     if not _NAME.fullmatch(cfg.name):
-        raise ConfigError(f"name is {cfg.name!r}; expected letters, digits and _ . + -, since it names the output folder")
+        raise ConfigError(
+            f"name is {cfg.name!r}; expected letters, digits and _ . + -, since it names the output folder"
+        )
     if command == "train":
         _check_evaluation(cfg.evaluation)
-        expect_one_of("monitor", cfg.monitor, MONITORED)
     if command in ("cache", "evaluate"):
         expect_one_of("split", cfg.split, SPLITS)
     for key in ("batch_size", "threads", "shard_rows"):
@@ -164,8 +164,10 @@ def expect_one_of(key: str, given: str, valid: Iterable[str]) -> None:
 
 
 def nearest(word: str, valid: Iterable[str], prefix: str = "") -> str:
-    """"; nearest valid: ..." where one of the valid words is close to the given one, else nothing."""
-    close = difflib.get_close_matches(word, list(valid), n=1)
+    """ "; nearest valid: ..." where one of the valid words is close to the given one, else nothing."""
+    valid = list(valid)
+    begun = [name for name in valid if len(word) > 2 and (name.startswith(word) or word.startswith(name))]
+    close = difflib.get_close_matches(word, valid, n=1) or begun
     return f"; nearest valid: {prefix}{close[0]}" if close else ""
 
 
@@ -174,12 +176,12 @@ def _check_node(node: DictConfig, schema: type, prefix: str) -> None:
     for key in node:
         if key not in known:
             near = nearest(str(key), known, prefix)
-            raise ConfigError(f"unknown key {prefix}{key}{near}. Valid keys: {', '.join(known)}")
+            raise ConfigError(f"unknown key {prefix}{key!s}{near}. Valid keys: {', '.join(known)}")
     for key, item in known.items():
-        if key not in node:
-            raise ConfigError(f"the key {prefix}{key} was deleted, but is needed; leave out ~{prefix}{key}")
         if OmegaConf.is_missing(node, key):
             raise ConfigError(f"{prefix}{key} is not chosen; give one of its choices by name, see --help")
+        if key not in node:
+            raise ConfigError(f"the key {prefix}{key} was deleted, but is needed; leave out ~{prefix}{key}")
         if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
             _check_node(node[key], item.type, f"{prefix}{key}.")
 

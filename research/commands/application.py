@@ -44,8 +44,8 @@ def run_application(command: str, task: Task, arguments: list[str], conf_dir: Pa
             raise
         if str(error).startswith(_NO_CHOICE):
             return fail(_explained(command, arguments, conf_dir, error), USAGE_ERROR)
-        cause = "" if isinstance(error, ConfigError) or error.__cause__ is None else f": {error.__cause__}"
-        return fail(f"{error}{cause}")
+        reason = "" if isinstance(error, ConfigError) or error.__cause__ is None else f": {error.__cause__}"
+        return fail(f"{error}{reason}")
     finally:
         if not full:
             del os.environ[FULL_ERROR]
@@ -77,7 +77,7 @@ def _run(command: str, task: Task, arguments: list[str], conf_dir: Path, *, keep
     script, sys.argv = sys.argv, [f"distill {command}", *arguments]
     try:
         with contextlib.redirect_stdout(printed) if printed else contextlib.nullcontext():
-            hydra.main(version_base="1.3", config_path=str(conf_dir), config_name=command)(job)()  # type: ignore[arg-type]
+            hydra.main(version_base="1.3", config_path=str(conf_dir), config_name=command)(job)()
     finally:
         sys.argv = script
         if printed:

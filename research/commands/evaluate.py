@@ -4,7 +4,11 @@
   distill evaluate run=RUN split=val
   distill evaluate run=RUN reference=outputs/mnist_teacher/RUN      agreement and KL against another network
   distill evaluate run=RUN +data.test_shift_pixels=2                the same images, moved
+
+The scores are printed and written beside the record, into `evaluation_<split>.json`.
 """
+
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -18,22 +22,23 @@ def task(cfg: DictConfig) -> float:
 
     from omegaconf import OmegaConf
 
-    from research.config import build_data
+    from research.config import build_data, plain
     from research.errors import ConfigError
     from research.evaluation.evaluate import evaluate
     from research.results.record import read_record
     from research.teachers.load import frozen, load_network
 
     if not cfg.run:
-        raise ConfigError("run is not set; give the folder of a finished run, as in `distill evaluate run=outputs/NAME/TIME`")
+        raise ConfigError("run is not set; give the folder of a finished run: distill evaluate run=outputs/NAME/TIME")
     folder = Path(cfg.run)
     if not (folder / "run.json").exists():
         raise ConfigError(f"run is {folder}, which has no run.json; give the folder of a finished run")
     record = read_record(folder / "run.json")
     if record.status != "completed":
         raise ConfigError(f"the run {folder} is {record.status} ({record.reason}); only a completed run has a student")
-    data = build_data(OmegaConf.create(record.config), OmegaConf.to_container(cfg.data))
-    facts = {"input_shape": tuple(data.input_shape), "num_classes": data.num_classes}
+    moved = plain(cfg.data)
+    data = build_data(OmegaConf.create(record.config), moved)
+    facts: dict[str, Any] = {"input_shape": tuple(data.input_shape), "num_classes": data.num_classes}
     student = load_network(folder, **facts).network
     teacher = frozen(cfg.reference, **facts) if cfg.reference else None
     result = evaluate(
@@ -45,7 +50,12 @@ def task(cfg: DictConfig) -> float:
         temperature=float(record.config["method"].get("temperature") or 1.0),
     )
     path = folder / f"evaluation_{cfg.split}.json"
-    told = {"run": record.config_hash, "data": OmegaConf.to_container(cfg.data), "metrics": result.metrics, "omitted": result.omitted}
+    told = {
+        "run": record.config_hash,
+        "data": moved,
+        "metrics": result.metrics,
+        "omitted": result.omitted,
+    }
     path.write_text(json.dumps(told, indent=1) + "\n")
     for name, value in result.metrics.items():
         print(f"{name:40s} {value:.6g}")

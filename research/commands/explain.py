@@ -39,13 +39,13 @@ def explain_composition(command: str, conf_dir: str, arguments: list[str], error
     if "Ambiguous value for argument" in text:
         given = text.splitlines()[0].partition("'")[2].rstrip("'")
         key, _, value = given.partition("=")
-        return f"{given!r} holds several values; sweep over them with -m, or write \"{key}='{value}'\" or {key}=[{value}]"
+        return f"{given!r} holds several values; sweep over them with -m, or write \"{key}='{value}'\", {key}=[{value}]"
     if found := _NOT_A_GROUP.search(text):
         return f"{found[1]!r} is no group of `distill {command}`; choose one of {found[2]}"
     if found := _NO_GROUP.search(text):
         return f"{found[1]!r} is no group of `distill {command}`; see them with `distill {command} --help`"
     if found := _NO_CHOICE.search(text):
-        return _no_choice(found[1], text)
+        return _no_choice(command, found[1], text)
     if found := _NOT_IN.search(text):
         full_key = _FULL_KEY.search(text)
         key = found[2] or (full_key[1] if full_key else found[1])
@@ -71,7 +71,7 @@ def _not_a_choice(conf_dir: str, arguments: list[str]) -> str:
     return "a group was given something that is not the name of one of its choices"
 
 
-def _no_choice(path: str, text: str) -> str:
+def _no_choice(command: str, path: str, text: str) -> str:
     group, _, given = path.rpartition("/")
     found = _CHOICES.search(text)
     names = found[1].split() if found else []
@@ -79,7 +79,9 @@ def _no_choice(path: str, text: str) -> str:
         return f"no config {given!r}"
     extra = f"; it needs the extra: pip install 'research-distillation[{_EXTRAS[path]}]'" if path in _EXTRAS else ""
     file = _FILE.search(text)
-    where = f" (named in conf/{file[1]}.yaml)" if file and not file[1].startswith("hydra/") else ""
+    where = (
+        f" (named in conf/{file[1]}.yaml)" if file and file[1] != command and not file[1].startswith("hydra/") else ""
+    )
     return f"no {group} {given!r}{where}{nearest(given, names)}{extra}. Valid: {', '.join(names) or 'none'}"
 
 
@@ -134,8 +136,8 @@ def _elsewhere(node: DictConfig, key: str) -> str:
 def _all_keys(node: DictConfig, prefix: str = "") -> list[str]:
     keys = []
     for key in node:
-        keys.append(f"{prefix}{key}")
+        keys.append(f"{prefix}{key!s}")
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
-            keys += _all_keys(child, f"{prefix}{key}.")
+            keys += _all_keys(child, f"{prefix}{key!s}.")
     return keys

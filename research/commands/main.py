@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from research.commands.application import USAGE_ERROR, fail, run_application
+from research.sweeps.grammar import quoted
 
 COMMANDS = ("train", "cache", "evaluate", "study", "report")
 POSITIONAL = {"study": "folder", "report": "folder", "evaluate": "run"}
@@ -46,8 +47,7 @@ def _named(command: str, arguments: list[str]) -> list[str]:
     first = arguments[0]
     if "=" in first and not Path(first).exists():
         return arguments
-    quoted = first.rstrip("/").replace("\\", "\\\\").replace("'", "\\'")
-    return [f"{key}='{quoted}'", *arguments[1:]]
+    return [f"{key}={quoted(first.rstrip('/') or first)}", *arguments[1:]]
 
 
 def _conf_dir() -> Path:
@@ -73,7 +73,9 @@ def _help(command: str, module: ModuleType) -> str:
     folders = {group: _conf_dir() / group.partition("@")[0] for group in module.GROUPS}
     if folders:
         lines.append("Groups (group=choice):")
-        lines += [f"  {group}: {', '.join(sorted(path.stem for path in folders[group].glob('*.yaml')))}" for group in folders]
+        lines += [
+            f"  {group}: {', '.join(sorted(path.stem for path in folders[group].glob('*.yaml')))}" for group in folders
+        ]
         lines.append("")
     lines.append(f"Keys: {', '.join(field.name for field in dataclasses.fields(SCHEMAS[command]))}")
     lines += [

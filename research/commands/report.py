@@ -2,7 +2,12 @@
 
   distill report experiments/mnist_soft_targets
   distill report experiments/mnist_soft_targets preset=smoke
+  distill report experiments                         every study that has records, and the table in README.md
+
+It needs neither torch nor the run folders, and gives the same bytes every time.
 """
+
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -10,8 +15,26 @@ GROUPS = ()
 
 
 def task(cfg: DictConfig) -> None:
-    """Rebuild one study's results; needs neither torch nor the runs."""
+    """Rebuild one study's results, or those of a folder of studies; needs neither torch nor the runs."""
     from research.commands.study import print_report, study_folder
 
-    folder = study_folder(cfg.folder)
-    print_report(folder, cfg.preset)
+    if cfg.folder and not (Path(cfg.folder) / "study.yaml").exists() and any(Path(cfg.folder).glob("*/study.yaml")):
+        _report_all(Path(cfg.folder))
+    else:
+        print_report(study_folder(cfg.folder), cfg.preset)
+
+
+def _report_all(experiments: Path) -> None:
+    from research.results.collect import RECORDS_FILE
+    from research.results.overview import overview_table, write_overview
+    from research.results.report import build_report
+
+    for path in sorted(experiments.glob("*/study.yaml")):
+        if (path.parent / RECORDS_FILE).exists():
+            build_report(path.parent)
+        else:
+            print(f"{path.parent}: no records yet, left out")
+    print(overview_table(experiments))
+    readme = experiments.resolve().parent / "README.md"
+    if readme.exists() and write_overview(readme, experiments):
+        print(f"table written into {readme.name}")

@@ -3,6 +3,7 @@
   distill study experiments/mnist_soft_targets
   distill study experiments/mnist_soft_targets hydra/launcher=joblib hydra.launcher.n_jobs=2
   distill study experiments/mnist_soft_targets preset=smoke
+  distill study experiments/mnist_soft_targets 'overrides=["trainer=smoke"]'     a trial: nothing of it is reported
 
 Finished cells are skipped, an interrupted one goes on from its checkpoint: run the same command again after a kill.
 """
@@ -44,15 +45,20 @@ def task(cfg: DictConfig) -> None:
     from research.sweeps.study_runner import StudyRunner
 
     folder = study_folder(cfg.folder)
-    chosen = [text for text in HydraConfig.get().overrides.hydra if text.startswith(("hydra/launcher", "hydra.launcher"))]
+    chosen = [
+        text for text in HydraConfig.get().overrides.hydra if text.startswith(("hydra/launcher", "hydra.launcher"))
+    ]
+    kind = "trial" if cfg.overrides else cfg.preset or "runs"
     runner = StudyRunner(
         folder,
-        runs_dir=Path(cfg.runs_dir or f"{cfg.paths.output_dir}/studies/{folder.name}/{cfg.preset or 'runs'}"),
+        runs_dir=Path(cfg.runs_dir or f"{cfg.paths.output_dir}/studies/{folder.name}/{kind}"),
         shared_dir=Path(cfg.paths.output_dir) / "shared",
         preset=cfg.preset,
         extra=list(cfg.overrides),
         launcher=chosen,
     )
     runner.run()
-    if cfg.report:
+    if cfg.overrides:
+        print(f"a trial with {', '.join(cfg.overrides)}: its runs are in {runner.runs_dir}")
+    elif cfg.report:
         print_report(folder, cfg.preset)

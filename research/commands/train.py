@@ -7,6 +7,8 @@
   distill train experiment=mnist_hard trainer=smoke               any experiment, shrunk to seconds
   distill train debug=fast | debug=overfit | debug=profile
   distill train --cfg job --resolve                               print the composed config and stop
+
+The folder outputs/NAME/TIME holds the composed config, the log, checkpoints, the student and its record.
 """
 
 from omegaconf import DictConfig

@@ -40,9 +40,7 @@ class Selection:
             )
 
 
-def kept_classes(
-    keep: Sequence[int] | None, drop: Sequence[int] | None, num_classes: int
-) -> tuple[int, ...] | None:
+def kept_classes(keep: Sequence[int] | None, drop: Sequence[int] | None, num_classes: int) -> tuple[int, ...] | None:
     """The classes that stay in train, from either way of saying it; None where neither is given.
 
     Raises ValueError where both are given, or a dropped class does not exist; :meth:`Selection.check` checks the rest.

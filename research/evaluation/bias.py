@@ -17,8 +17,8 @@ def evaluate_with_bias(
 
     bias                    the offset fitted on held-out training rows (`data.holdout` > 0) against the teacher's
                             argmax, or against the label where there is no teacher
-    errors_bias_fixed, recall_bias_classes_bias_fixed   test errors, and recall over the items of `classes`, with that offset
-    recall_bias_classes           the same recall without it
+    errors_bias_fixed       test errors with that offset
+    recall_bias_classes     share of the items of `classes` predicted right without it; with `_bias_fixed`, with it
     errors_bias_on_test     errors with the offset fitted on the test labels themselves, as the paper did: an optimistic
                             number, kept for comparison alone
     """

@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,40 +52,55 @@ class StopOnInterrupt(Callback):
     """Turns Ctrl-C into the graceful stop that SIGTERM already is: at the end of the step, after a checkpoint.
 
     Lightning would break into the middle of a step on Ctrl-C, where the weights may be half updated. The second
-    Ctrl-C does so.
+    Ctrl-C does so. Before the first step there is nothing to save, and either signal stops at once.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._previous: Any = None
+        self._is_training = False
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        try:
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-        except ValueError:  # not the main thread: whoever owns it handles Ctrl-C
-            self._previous = None
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Own both signals inside; Lightning's SIGTERM handler, while it trains, is set on top and calls ours too."""
+        self.received, self._is_training = None, False
+        with handled({signal.SIGINT: self._interrupt, signal.SIGTERM: self._note}):
+            yield
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._restore()
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._is_training = True
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._restore()  # Lightning does not come to `teardown` then
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or number
+        if not self._is_training:
+            raise SIGTERMException
 
-    def _restore(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        signal.signal(signal.SIGINT, self._previous)
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._note(number, frame)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def handled(handlers: Mapping[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+    """These signal handlers inside, the former ones afterwards; outside the main thread nothing is changed."""
+    previous: dict[signal.Signals, Any] = {}
+    try:
+        for number, handler in handlers.items():
+            previous[number] = signal.signal(number, handler)
+    except ValueError:  # not the main thread: whoever owns it handles signals
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class KeepLast(ModelCheckpoint):
     """`last.ckpt`, written at the end of every epoch and on an exception, so that a run can always go on.
 
-    Weights that are not finite never replace it: there is no going on from them.
+    Weights that are not finite never replace it: there is no going on from them. Nor does an exception before the first
+    step, when a checkpoint that is resumed may be half loaded.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -98,9 +113,14 @@ class KeepLast(ModelCheckpoint):
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
+        self._is_training = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._is_training = True
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if is_finite(pl_module):
+        if self._is_training and is_finite(pl_module):
             super().on_exception(trainer, pl_module, exception)
 
 
@@ -143,15 +163,16 @@ def fit(
         return ended("preempted", f"{name} at step {trainer.global_step}; resume with ckpt_path=last", number)
 
     try:
-        trainer.fit(method, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        with interrupt.watching():
+            trainer.fit(method, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SIGTERMException:
         return stopped(interrupt.received or signal.SIGTERM)
     except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
         return stopped(signal.SIGINT)
     except NonFiniteLoss as error:
         return ended("failed", f"{error}. Last good checkpoint: {_last_checkpoint(trainer)}")
-    if trainer.received_sigterm:  # in the last moments of the fit, after Lightning's own last look
-        return stopped(interrupt.received or signal.SIGTERM)
+    if interrupt.received is not None:  # in the last moments of the fit, after Lightning's own last look
+        return stopped(interrupt.received)
     return ended("completed", None)
 
 
@@ -161,24 +182,15 @@ def _last_checkpoint(trainer: L.Trainer) -> str:
 
 
 @contextmanager
-def stopped_by_signals(what: str) -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM raise Preempted at once: for what follows the fit, which is repeated on a resume."""
+def stopped_by_signals(where: str) -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM raise Preempted at once: for what surrounds a fit, which is repeated on a resume."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        raise Preempted(f"{name} {what}; resume with ckpt_path=last", 128 + number)
+        raise Preempted(f"{name} {where}; resume with ckpt_path=last", 128 + number)
 
-    previous: dict[signal.Signals, Callable[..., Any] | int | None] = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, stop)
-    except ValueError:  # not the main thread: whoever owns it handles signals
-        pass
-    try:
+    with handled({signal.SIGINT: stop, signal.SIGTERM: stop}):
         yield
-    finally:
-        for restored, handler in previous.items():
-            signal.signal(restored, handler)
 
 
 def resume_path(ckpt_path: str | None, run_dir: Path) -> str | None:

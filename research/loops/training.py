@@ -31,6 +31,7 @@ from research.models.flops import flops_per_row
 from research.models.weights import count_parameters, save_network, weights_sha256
 from research.results.items import write_items
 from research.results.record import RunRecord, collect_versions, git_revision, hardware, write_record
+from research.seeding import seed_for
 from research.teachers.base import AbstractTeacher
 from research.teachers.load import NETWORK_FOLDER
 
@@ -81,10 +82,12 @@ class TrainingRun:
         """Fit, evaluate and write `run.json`, whatever the outcome; raises after it where the run did not complete."""
         outcome: FitOutcome | None = None
         try:
-            resume = resume_path(self.config["ckpt_path"], self.run_dir)
-            outcome = fit(trainer, self.method, self.data, interrupt, resume)
-            outcome.raise_if_stopped(self.run_dir)
-            with stopped_by_signals(f"after the fit, in the evaluation (run folder {self.run_dir})"):
+            with stopped_by_signals(f"outside the fit (run folder {self.run_dir})"):
+                resume = resume_path(self.config["ckpt_path"], self.run_dir)
+                # dropout follows the seed, whatever was drawn before in this process
+                torch.manual_seed(seed_for(self.config["seed"], "training", trainer.global_rank))
+                outcome = fit(trainer, self.method, self.data, interrupt, resume)
+                outcome.raise_if_stopped(self.run_dir)
                 return self._finish(trainer, outcome)
         except Preempted as error:
             self._write(self._ended("preempted", outcome, str(error)), {}, {}, None)
@@ -108,9 +111,9 @@ class TrainingRun:
         metrics, artifacts = self._evaluate()
         metrics |= {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         for callback in trainer.checkpoint_callbacks:
-            score = getattr(callback, "best_model_score", None)
-            if callback.monitor and score is not None:
-                metrics[f"{callback.monitor}_best"] = float(score)
+            monitor, score = getattr(callback, "monitor", None), getattr(callback, "best_model_score", None)
+            if monitor is not None and score is not None:
+                metrics[f"{monitor}_best"] = float(score)
         record = self._write(outcome, metrics, artifacts, student_sha256)
         if not self.config["keep_checkpoints"]:
             shutil.rmtree(self.run_dir / CHECKPOINTS, ignore_errors=True)

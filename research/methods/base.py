@@ -29,6 +29,7 @@ from research.teachers.base import AbstractTeacher
 OptimizerFactory = Callable[[Any], Optimizer]
 SchedulerFactory = Callable[..., LRScheduler]
 RngState = dict[str, Tensor]
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # the others cast the batch, which is the teacher's as well
 TOTAL_STEPS_NAMES = ("total_steps", "T_max", "total_iters", "num_training_steps")
 
 
@@ -106,6 +107,8 @@ class AbstractMethod(L.LightningModule, ABC):
     def setup(self, stage: str) -> None:
         self._fit_started = time.perf_counter()
         trainer: Any = self.trainer
+        if trainer.precision not in PRECISIONS:
+            raise ConfigError(f"trainer.precision is {trainer.precision!r}; expected one of {', '.join(PRECISIONS)}")
         if self.teacher is not None:
             self.teacher.to(trainer.strategy.root_device)
             if stage == "fit":
@@ -204,7 +207,7 @@ class AbstractMethod(L.LightningModule, ABC):
             "teacher_seconds": self.teacher_seconds,
             "seconds": self.earlier_seconds + time.perf_counter() - self._fit_started,
         }
-        checkpoint["rng"] = self._rng_before_step or _rng_state(self.device)
+        checkpoint["rng"] = self._rng_before_step or self._resumed_rng or _rng_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = {name.removeprefix("student."): tensor for name, tensor in checkpoint["state_dict"].items()}

@@ -87,7 +87,7 @@ def image_shape(input_shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def _check_widths(key: str, widths: Sequence[int]) -> None:
-    if len(widths) == 0 or any(int(width) < 1 for width in widths):
+    if len(widths) == 0 or any(width < 1 for width in widths):
         raise ConfigError(f"{key} is {list(widths)}; expected a list of positive layer sizes such as [800, 800]")
 
 

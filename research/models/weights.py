@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from research.errors import CheckpointError
@@ -33,7 +33,8 @@ def save_network(folder: Path, module: nn.Module, architecture: dict[str, Any]) 
     """Write a network and the plain description it is rebuilt from; returns the weights' sha256."""
     folder.mkdir(parents=True, exist_ok=True)
     sha256 = weights_sha256(module)
-    save_file({name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}, folder / WEIGHTS_FILE)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+    (folder / WEIGHTS_FILE).write_bytes(save(tensors))  # cloned: the format refuses tensors that share memory
     (folder / ARCHITECTURE_FILE).write_text(json.dumps({**architecture, "sha256": sha256}, indent=2) + "\n")
     return sha256
 
@@ -42,11 +43,11 @@ def read_architecture(folder: Path) -> dict[str, Any]:
     """The plain description in a network folder. Raises CheckpointError where it is missing or not JSON."""
     path = folder / ARCHITECTURE_FILE
     try:
-        return json.loads(path.read_text())
+        return dict(json.loads(path.read_text()))
     except FileNotFoundError:
-        raise CheckpointError(f"no {ARCHITECTURE_FILE} in {folder}; expected a folder written by `distill train`") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); the file is damaged, train or copy it again") from None
+        raise CheckpointError(f"no {ARCHITECTURE_FILE} in {folder}; expected a folder of `distill train`") from None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); train or copy it again") from None
 
 
 def load_weights(module: nn.Module, folder: Path, expected_sha256: str | None) -> None:
@@ -60,7 +61,10 @@ def load_weights(module: nn.Module, folder: Path, expected_sha256: str | None) -
     module.load_state_dict(state)
     refuse_zero_weights(module, str(path))
     if expected_sha256 is not None and weights_sha256(module) != expected_sha256:
-        raise CheckpointError(f"{path} does not hash to {expected_sha256[:12]}.. as {ARCHITECTURE_FILE} says; copy it again")
+        raise CheckpointError(
+            f"{path} is damaged: its weights do not hash to {expected_sha256[:12]}.., as {ARCHITECTURE_FILE} says; "
+            "train or copy it again"
+        )
 
 
 def check_state(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
@@ -81,8 +85,12 @@ def check_state(module: nn.Module, state: dict[str, torch.Tensor], source: str) 
 
 
 def refuse_zero_weights(module: nn.Module, source: str) -> None:
-    """A network whose parameters are all zero was never loaded; going on with it would distil nothing."""
-    if not any(bool(parameter.any()) for parameter in module.parameters()):
+    """A network whose weight matrices are all zero was never loaded; going on with it would distil nothing.
+
+    Vectors do not count: the scales of a batch normalisation are 1 in a network that was never trained either.
+    """
+    matrices = [parameter for parameter in module.parameters() if parameter.ndim > 1] or list(module.parameters())
+    if not any(bool(matrix.any()) for matrix in matrices):
         raise CheckpointError(f"{source} holds only zeros; the weights were never trained or not saved")
 
 

@@ -52,7 +52,9 @@ def _interval(values: Sequence[float | None]) -> str:
     if not known:
         return "-"
     found = summarise(known)
-    return number(found.mean) if found.low is None else f"{number(found.mean)} [{number(found.low)}, {number(found.high)}]"
+    return (
+        number(found.mean) if found.low is None else f"{number(found.mean)} [{number(found.low)}, {number(found.high)}]"
+    )
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -3,12 +3,15 @@
 Single runs, multiruns and the cells of a study all come through here.
 """
 
+import datetime as dt
 import fcntl
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,16 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from research.config import Parts, build, build_data, build_logger, build_teacher, build_trainer, plain
+from research.data.base import AbstractClassData
 from research.errors import ConfigError, Preempted
 from research.loops.fit import ReportProgress, StopOnInterrupt
 from research.loops.training import TrainingRun
-from research.results.record import RunRecord
+from research.results.record import RunRecord, collect_versions, git_revision, hardware, write_record
 from research.schemas import check_root
 from research.sweeps.secrets import refuse_secrets
-from research.teachers.cache import CacheFingerprint, CacheWriter, read_manifest
+from research.teachers.base import AbstractTeacher
+from research.teachers.cache import CacheWriter
+from research.teachers.manifest import CacheFingerprint, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +84,7 @@ def cache_job(cfg: DictConfig, *, show_progress: bool = False) -> Path:
     """Score one split with a teacher; returns the cache folder."""
     from rich.progress import Progress
 
+    started_at, started = dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), time.perf_counter()
     _prepare(cfg)
     data = build_data(cfg)
     data.setup()
@@ -100,7 +107,42 @@ def cache_job(cfg: DictConfig, *, show_progress: bool = False) -> Path:
         bar = progress.add_task(f"scoring {cfg.split}", total=rows)
         for done in writer.write(teacher, data, cfg.split):
             progress.update(bar, completed=done)
+        record = _cache_record(cfg, folder, data, teacher, started_at, time.perf_counter() - started)
+        write_record(folder / "run.json", record)
+    log.info("%s rows in %s: %s", rows, folder, record.metrics)
     return folder
+
+
+def _cache_record(
+    cfg: DictConfig, folder: Path, data: AbstractClassData, teacher: AbstractTeacher, started_at: str, wall_s: float
+) -> RunRecord:
+    """What a cache cost and lost; `<split>/cache_kl_T<temperature>` is KL(teacher || cache), nats."""
+    manifest = read_manifest(folder)
+    nothing: dict[str, float | None] = {"flops": 0.0, "tokens": 0.0, "seconds": 0.0}
+    scoring = {"flops": manifest.scoring_flops, "tokens": float(manifest.rows), "seconds": wall_s}
+    training = {"flops": teacher.identity.training_flops, "tokens": None, "seconds": None}
+    return RunRecord(
+        command="distill cache",
+        experiment=cfg.name,
+        status="completed",
+        seed=cfg.seed,
+        config=plain(cfg),
+        overrides=list(HydraConfig.get().overrides.task),
+        metrics={f"{cfg.split}/cache_kl_T{temperature}": gap for temperature, gap in manifest.kl_gap.items()},
+        started_at=started_at,
+        wall_s=wall_s,
+        versions=collect_versions(),
+        revision=git_revision(Path(__file__).parent),
+        hardware=hardware(torch.get_num_threads()),
+        ledger={
+            "student_update": nothing,
+            "rollout": nothing,
+            "teacher_scoring": scoring,
+            "teacher_training": training,
+        },
+        data={"name": type(data).__name__, "fingerprint": data.fingerprint(cfg.split), "summary": data.summary()},
+        teacher=asdict(teacher.identity),
+    )
 
 
 def cache_cell(cfg: DictConfig) -> str:
@@ -110,8 +152,8 @@ def cache_cell(cfg: DictConfig) -> str:
 
 
 def cache_is_complete(folder: Path) -> bool:
-    """Whether a cache folder holds a finished cache."""
-    return (folder / "manifest.json").exists() and read_manifest(folder).complete
+    """Whether a cache folder holds a finished cache and the record of it."""
+    return (folder / "run.json").exists() and read_manifest(folder).complete
 
 
 def _prepare(cfg: DictConfig) -> None:
@@ -133,9 +175,9 @@ def _prepare(cfg: DictConfig) -> None:
 def _check_evaluation(cfg: DictConfig, parts: Parts) -> None:
     """Refuse before the first step what the evaluation after the last one could not do."""
     data, options = parts.data, cfg.evaluation
-    needs_val = {"splits": "val" in options.splits, "weights": options.weights == "best", "bias_classes": options.bias_classes}
+    needs_val = {"splits": "val" in options.splits, "bias_classes": len(options.bias_classes) > 0}
     for key in (key for key, needed in needs_val.items() if needed and data.selection.holdout == 0):
-        raise ConfigError(f"evaluation.{key} is {options[key]}, which needs held-out rows, but data.holdout is 0; raise it")
+        raise ConfigError(f"evaluation.{key} is {options[key]}, which needs held-out rows; data.holdout is 0, raise it")
     wrong = [c for c in options.bias_classes if not 0 <= c < data.num_classes]
     if wrong or len(set(options.bias_classes)) not in range(data.num_classes):
         raise ConfigError(

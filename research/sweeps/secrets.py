@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from research.errors import ConfigError
 from research.results.record import is_secret, mask_secrets
 
-_PAIR = re.compile(r"([\w.]+)\s*[=:]\s*(\$\{[^}]*\}|[^\s,\[\]{}]*)")
+_PAIR = re.compile(r"([\w.]+)\s*[=:]\s*(['\"]?\$\{[^}]*\}|[^\s,\[\]{}]*)")
 _YAML_LINE = re.compile(r"^(\s*(?:- )?)([\w.]+): (?!null$)(\S.*)$", re.MULTILINE)
 _HARMLESS = ("", "null", "***", "''", '""')
 

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import signal
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hydra._internal.callbacks import Callbacks
@@ -13,14 +16,19 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode, TaskFunction
+from omegaconf import OmegaConf, open_dict
 
-from research.errors import ConfigError
+from research.errors import ConfigError, Preempted
+from research.loops.fit import handled
 from research.results.collect import collect
 from research.results.record import read_record
-from research.results.study_file import read_study
 from research.results.study import Requirement, Study, cells, fill_placeholders, requirements
+from research.results.study_file import read_study
+from research.schemas import check_root
+from research.sweeps.grammar import quoted
 from research.sweeps.jobs import cache_cell, cache_is_complete, train_cell
 from research.sweeps.progress import StudyProgress
+from research.sweeps.secrets import refuse_secret_overrides
 
 TASKS: dict[str, TaskFunction] = {"train": train_cell, "cache": cache_cell}
 QUIET = ("hydra/hydra_logging=disabled", "hydra/job_logging=quiet")
@@ -44,7 +52,7 @@ class Job:
         if not path.exists():
             return False
         record = read_record(path)
-        return record.status == "completed" and set(self.overrides) <= set(record.overrides)
+        return record.status == "completed" and list(self.overrides) == record.overrides
 
 
 class StudyRunner:
@@ -53,7 +61,7 @@ class StudyRunner:
     runs_dir           where its cells' folders lie, by cell key
     shared_dir         where requirements lie, by name and hash of what makes them: studies share equal ones
     launcher           overrides that choose and set Hydra's launcher, such as ["hydra/launcher=joblib"]
-    extra              overrides for every cell and requirement
+    extra              overrides for every train run, cells and requirements alike: a trial, which is not collected
     """
 
     def __init__(
@@ -72,21 +80,29 @@ class StudyRunner:
         self._requirement_dirs: dict[str, str] = {}
 
     def run(self) -> None:
-        """Make what is missing, then collect the records into the study's folder.
+        """Make what is missing, then collect the records into the study's folder (not those of a trial with `extra`).
 
-        Raises ConfigError naming the first failure where a requirement or a cell failed; the others are kept.
+        Raises ConfigError where a requirement failed, and naming every cell that did; the others are kept.
         """
         waiting = requirements(self.study, self.preset)
-        declared = cells(self.study, self.preset)
-        with StudyProgress(self.study.name, len(waiting) + len(declared)) as progress:
+        required = {item.name: self._requirement_job(item) for item in waiting}
+        found = cells(self.study, self.preset)
+        declared = [self._cell_job(cell) for cell in found]
+        but_for_seeds = {cell.overrides: job for cell, job in zip(found, declared, strict=True)}
+        self._check([*required.values(), *but_for_seeds.values()])
+        with StudyProgress(self.study.name, len(required) + len(declared)) as progress:
             while waiting:
                 batch, waiting = self._ready(waiting)
-                self._launch([self._requirement_job(item) for item in batch], progress)
-            failures = self._launch([self._cell_job(cell) for cell in declared], progress, tolerate=True)
-        found = collect(self.study, self.runs_dir, self.preset, self._requirement_dirs)
+                self._launch([required[item.name] for item in batch], progress)
+            failures = self._launch(declared, progress, tolerate=True)
+        if not self._extra:  # a trial leaves the study's own results as they are
+            collect(self.study, self.runs_dir, self.preset, self._requirement_dirs)
         if failures:
-            counts = ", ".join(f"{number} {reason}" for reason, number in found.count_by_reason().items())
-            raise ConfigError(f"{len(failures)} of {len(declared)} cells did not finish ({counts}). First: {failures[0]}")
+            names = ", ".join(failures)
+            first = next(iter(failures.items()))
+            raise ConfigError(
+                f"{len(failures)} of {len(declared)} cells did not finish: {names}. {first[0]} ended with {first[1]}"
+            )
 
     # -- what to run --------------------------------------------------------------------------------------------------
 
@@ -100,12 +116,15 @@ class StudyRunner:
                 break
             batch.append(item)
         if not batch:
-            raise ConfigError(f"{self.study.path}: requires.{waiting[0].name} needs itself or a later one; reorder them")
+            raise ConfigError(
+                f"{self.study.path}: requires.{waiting[0].name} needs itself or a later one; reorder them"
+            )
         return batch, waiting[len(batch) :]
 
     def _requirement_job(self, item: Requirement) -> Job:
+        extra = self._extra if item.command == "train" else ()
         values = {f"requires.{name}": folder for name, folder in self._requirement_dirs.items()}
-        overrides = fill_placeholders((*item.overrides, *self._extra), values)
+        overrides = fill_placeholders((*item.overrides, *extra), values)
         mark = hashlib.sha256(json.dumps([item.command, overrides]).encode()).hexdigest()[:8]
         folder = self.shared_dir / f"{item.name}-{mark}"
         self._requirement_dirs[item.name] = str(folder)
@@ -116,41 +135,61 @@ class StudyRunner:
         return self._job(cell.key, "train", overrides, self.runs_dir / cell.key)
 
     def _job(self, name: str, command: str, overrides: Sequence[str], folder: Path) -> Job:
+        if command not in TASKS:
+            raise ConfigError(f"{self.study.path}: {name} is a run of {command!r}; expected one of {', '.join(TASKS)}")
         fixed = QUIET_TRAIN if command == "train" else (f"cache_dir={quoted(str(folder))}",)
         return Job(name, command, (*fixed, *overrides), folder)
 
+    def _check(self, jobs: list[Job]) -> None:
+        """Compose the configs of jobs before anything runs: a typing error in the last arm costs no run."""
+        loader = _hydra().config_loader
+        for job in jobs:
+            refuse_secret_overrides(job.overrides)
+            try:
+                config = loader.load_configuration(job.command, list(job.overrides), run_mode=RunMode.RUN)
+                with open_dict(config):
+                    del config["hydra"]
+                check_root(config, job.command)
+            except (HydraException, ConfigError) as error:
+                told = " ".join(f"{error} {error.__cause__ or ''}".split())
+                raise ConfigError(f"{self.study.path}: {job.name} does not compose: {told}") from None
+
     # -- running ------------------------------------------------------------------------------------------------------
 
-    def _launch(self, jobs: list[Job], progress: StudyProgress, *, tolerate: bool = False) -> list[str]:
-        """Run the unfinished jobs through the launcher; returns what failed, or raises at once unless tolerated."""
+    def _launch(self, jobs: list[Job], progress: StudyProgress, *, tolerate: bool = False) -> dict[str, str]:
+        """Run the unfinished jobs through the launcher; returns why which failed, or raises unless tolerated."""
         todo = [job for job in jobs if not job.is_finished()]
         progress.advance(len(jobs) - len(todo))
         if not todo:
-            return []
+            return {}
         for job in todo:
             _set_aside_other_run(job)
         launcher = self._launcher_for(todo[0].command)
         overrides = [[*job.overrides, f"hydra.sweep.subdir={quoted(str(job.folder))}"] for job in todo]
-        with progress.watching([job.folder for job in todo], lambda folder: _finished(folder, todo)):
+        folders = [job.folder for job in todo]
+        with (
+            handled({signal.SIGTERM: _stop}),
+            progress.watching(folders, lambda folder: _finished(folder, todo)),
+        ):
             try:
                 returns: Sequence[JobReturn] = launcher.launch(overrides, initial_job_idx=0)
-            except HydraException as error:
-                raise ConfigError(f"{self.study.path}: the overrides of a run do not compose: {error}") from error
-        failures = [
-            f"{job.name}: {_reason(done)}"
+            except BrokenExecutor as error:
+                raise ConfigError(
+                    f"a worker process of {self.study.name} died ({error}); start the study again"
+                ) from None
+        failures = {
+            job.name: _reason(done)
             for job, done in zip(todo, returns, strict=True)
             if done.status is not JobStatus.COMPLETED
-        ]
-        if failures and not tolerate:
-            raise ConfigError(f"a requirement of {self.study.name} failed. {failures[0]}")
+        }
+        for name, reason in failures.items():
+            if not tolerate:
+                raise ConfigError(f"{name}, which {self.study.name} requires, ended with {reason}")
         return failures
 
     def _launcher_for(self, command: str) -> Any:
         """The configured launcher, set up for the config of another command."""
-        hydra = GlobalHydra.instance().hydra
-        if hydra is None:
-            raise ConfigError("a study runs inside `distill study`; Hydra is not initialised here")
-        loader = hydra.config_loader
+        loader = _hydra().config_loader
         sweep_dir = f"hydra.sweep.dir={quoted(str(self.runs_dir))}"
         config = loader.load_configuration(
             config_name=command, overrides=[*QUIET, *self._launcher, sweep_dir], run_mode=RunMode.MULTIRUN
@@ -161,9 +200,10 @@ class StudyRunner:
         )
 
 
-def quoted(text: str) -> str:
-    """A text as one value of Hydra's override grammar, whatever it contains."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def _stop(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a study as Ctrl-C does, so that a launcher stops its workers; the exit code says which it was."""
+    stopped = Preempted(f"{signal.Signals(number).name}; the same command goes on from here", 128 + number)
+    raise KeyboardInterrupt(str(stopped)) from stopped
 
 
 def _finished(folder: Path, jobs: Sequence[Job]) -> bool:
@@ -171,17 +211,32 @@ def _finished(folder: Path, jobs: Sequence[Job]) -> bool:
 
 
 def _set_aside_other_run(job: Job) -> None:
-    """Keep what an earlier definition of the study left in this folder, under a name of its own."""
-    path = job.folder / "run.json"
-    if path.exists() and job.command == "train":
-        record = read_record(path)
-        if not set(job.overrides) <= set(record.overrides):
-            number = sum(1 for _ in job.folder.parent.glob(f"{job.folder.name}.other-*"))
-            job.folder.rename(job.folder.with_name(f"{job.folder.name}.other-{number}"))
+    """Keep what an earlier definition of the study left in this folder, under a name of its own.
+
+    A run that was killed has no record yet, but a checkpoint that must not be gone on from with other overrides.
+    """
+    found = _overrides_of(job.folder)
+    if job.command == "train" and found is not None and found != list(job.overrides):
+        number = sum(1 for _ in job.folder.parent.glob(f"{job.folder.name}.other-*"))
+        job.folder.rename(job.folder.with_name(f"{job.folder.name}.other-{number}"))
+
+
+def _overrides_of(folder: Path) -> list[str] | None:
+    """The overrides of the run in a folder, finished or not; None where none began."""
+    if (folder / "run.json").exists():
+        return read_record(folder / "run.json").overrides
+    begun = folder / ".hydra" / "overrides.yaml"
+    return [str(text) for text in OmegaConf.load(begun)] if begun.exists() else None
 
 
 def _reason(done: JobReturn) -> str:
-    try:
-        return f"returned {done.return_value!r} with status {done.status.name}"
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+    """What a job that did not complete left; read without `return_value`, which would print the overrides."""
+    left = done._return_value
+    return f"{type(left).__name__}: {left}" if isinstance(left, Exception) else f"ended with status {done.status.name}"
+
+
+def _hydra() -> Any:
+    hydra = GlobalHydra.instance().hydra
+    if hydra is None:
+        raise ConfigError("a study runs inside `distill study`; Hydra is not initialised here")
+    return hydra

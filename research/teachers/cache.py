@@ -8,21 +8,19 @@ either whole, under its final name, or absent.
 import errno
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from research.errors import CacheError, ConfigError
 from research.losses.divergences import forward_kl
-from research.losses.sparse import bucket_logprobs
 from research.records import ClassBatch, DenseLogits, TeacherSignal, TopKLogprobs
 from research.teachers.base import AbstractTeacher, TeacherIdentity
 from research.teachers.manifest import (
@@ -32,6 +30,7 @@ from research.teachers.manifest import (
     read_manifest,
     refuse_difference,
 )
+from research.teachers.top_k import keep_top_k, spread_tail
 
 SHARDS = "shard-*.safetensors"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -84,6 +83,7 @@ class CacheWriter:
             path = self.folder / f"shard-{number:05d}.safetensors"
             if not _is_whole(path, batch, self._sealed.get(path.name)):
                 if untouched:
+                    path.unlink(missing_ok=True)  # so that a kill after this line cannot leave it among the whole ones
                     self._write_manifest(manifest)
                     untouched = False
                 self._write_shard(path, batch, teacher.signal(batch))
@@ -114,9 +114,9 @@ class CacheWriter:
         tensors = {"index": batch.index_B, **self._columns(batch, signal)}
         partial = path.with_suffix(".partial")
         try:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+            partial.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
             os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             partial.unlink(missing_ok=True)
             self._explain(error, path)
 
@@ -127,8 +127,9 @@ class CacheWriter:
         stored_NV = signal.logits_NV.to(dtype)
         bad_N = (stored_NV.isnan() | stored_NV.isinf() & ~signal.logits_NV.isneginf()).any(dim=-1)
         if bool(bad_N.any()):
+            row = int(batch.index_B[bad_N][0])
             raise CacheError(
-                f"the teacher's logits of row {int(batch.index_B[bad_N][0])} are not finite in {self.fingerprint.dtype}; "
+                f"the teacher's logits of row {row} are not finite in {self.fingerprint.dtype}; "
                 "give dtype=float32, or look at the teacher"
             )
         if top_k is None:
@@ -140,9 +141,8 @@ class CacheWriter:
             "tail_logprob": sparse.tail_logprob_N.to(dtype),
         }
 
-    def _explain(self, error: Exception, path: Path) -> None:
-        full = getattr(error, "errno", None) in NO_SPACE or any(os.strerror(code) in str(error) for code in NO_SPACE)
-        reason = "the disk is full" if full else "the file could not be written"
+    def _explain(self, error: OSError, path: Path) -> NoReturn:
+        reason = "the disk is full" if error.errno in NO_SPACE else "the file could not be written"
         whole = len(list(self.folder.glob(SHARDS)))
         raise CacheError(
             f"{reason} ({error}) at {path.name} of {self.folder}; {whole} finished shards are kept. "
@@ -259,26 +259,8 @@ class CachedTeacher(AbstractTeacher):
         self._row_of = self._row_of.to(device)
         return self
 
-
-def keep_top_k(signal: DenseLogits, top_k: int) -> TopKLogprobs:
-    """The K largest logprobs at temperature 1 and the log of the remaining mass, summed in log space."""
-    logits_NV = signal.logits_NV.double()
-    ids_NK = logits_NV.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
-    buckets_NK1 = bucket_logprobs(logits_NV, ids_NK).float()
-    has_tail = buckets_NK1.shape[-1] > top_k
-    return TopKLogprobs(
-        ids_NK=ids_NK,
-        logprobs_NK=buckets_NK1[:, :top_k],
-        tail_logprob_N=buckets_NK1[:, -1] if has_tail else buckets_NK1.new_full(ids_NK.shape[:1], -math.inf),
-        num_classes=logits_NV.shape[-1],
-    )
-
-
-def spread_tail(signal: TopKLogprobs) -> Tensor:
-    """Logprobs [N, V] of a sparse signal with its tail spread evenly over the classes that were not kept."""
-    num_tail = signal.num_classes - signal.ids_NK.shape[-1]
-    rest_N1 = signal.tail_logprob_N[:, None] - (math.log(num_tail) if num_tail else 0.0)
-    return rest_N1.expand(-1, signal.num_classes).scatter(-1, signal.ids_NK, signal.logprobs_NK)
+    def spent_flops(self) -> float:
+        return self.manifest.scoring_flops or 0.0
 
 
 def _kl_to_stored(dense: DenseLogits, stored: TeacherSignal, temperature: float) -> Tensor:
@@ -292,7 +274,7 @@ def _sha256(content: bytes) -> str:
 
 
 def _is_whole(path: Path, batch: ClassBatch, sha256: str | None) -> bool:
-    """Whether the shard exists, reads, holds exactly this batch's rows and, once sealed, the bytes it was sealed with."""
+    """Whether the shard reads, holds exactly this batch's rows and, once sealed, the bytes it was sealed with."""
     try:
         content = path.read_bytes()
         return sha256 in (None, _sha256(content)) and torch.equal(load(content)["index"], batch.index_B.cpu())

@@ -45,14 +45,15 @@ def load_network(path: str | Path, *, input_shape: Sequence[int], num_classes: i
         )
     if loaded.num_classes != num_classes:
         raise CheckpointError(
-            f"{path} predicts {loaded.num_classes} classes, the data have {num_classes}; teacher and student must share them"
+            f"{path} predicts {loaded.num_classes} classes, the data have {num_classes}; "
+            "teacher and student must share them"
         )
     if tuple(loaded.input_shape) != tuple(input_shape):
         raise CheckpointError(f"{path} takes inputs of shape {loaded.input_shape}, the data have {tuple(input_shape)}")
     return loaded
 
 
-def frozen(path: str, *, input_shape: Sequence[int], num_classes: int) -> FrozenTeacher:
+def frozen(path: str | None, *, input_shape: Sequence[int], num_classes: int) -> FrozenTeacher:
     """`teacher=frozen teacher.path=...`: one network, scored live."""
     return FrozenTeacher(load_network(_given(path), input_shape=input_shape, num_classes=num_classes))
 
@@ -72,7 +73,7 @@ def ensemble(
 
 
 def cached(
-    path: str, *, input_shape: Sequence[int], num_classes: int, teacher_sha256: str | None = None
+    path: str | None, *, input_shape: Sequence[int], num_classes: int, teacher_sha256: str | None = None
 ) -> CachedTeacher:
     """`teacher=cached teacher.path=...`: signals written by `distill cache`; `teacher_sha256` pins whose."""
     teacher = CachedTeacher(Path(_given(path)), expected_teacher_sha256=teacher_sha256)
@@ -101,14 +102,14 @@ def _from_folder(folder: Path, training_flops: float | None) -> LoadedNetwork:
 def _from_checkpoint(path: Path) -> LoadedNetwork:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        architecture = json.loads(checkpoint["architecture"])
-    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, OSError) as error:
+        architecture, named = json.loads(checkpoint["architecture"]), dict(checkpoint["state_dict"])
+    except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, ValueError, EOFError, OSError) as error:
         raise CheckpointError(
             f"cannot read {path} ({type(error).__name__}); expected a checkpoint written by `distill train`, "
             "which holds plain tensors and its architecture"
         ) from None
     network = rebuild(architecture)
-    state = {name.removeprefix("student."): tensor for name, tensor in checkpoint["state_dict"].items()}
+    state = {name.removeprefix("student."): tensor for name, tensor in named.items()}
     check_state(network, state, str(path))
     network.load_state_dict(state)
     return LoadedNetwork(network, tuple(architecture["input_shape"]), int(architecture["num_classes"]), str(path))

@@ -1,0 +1,123 @@
+"""What all tests share: one thread, real data where it is at hand, and the console command in this process."""
+
+import contextlib
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from research.commands.main import main
+
+REPOSITORY = Path(__file__).parents[1]
+DATA_VARIABLE = "RESEARCH_DATA_DIR"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tests run beside each other, and sums over several threads are not the same to the last bit everywhere."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout that these tests belong to."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def require_data() -> Callable[..., Path]:
+    """`require_data("mnist")`: that folder of the real data.
+
+    Without it the test is skipped with the reason; in continuous integration a data folder that is announced and then
+    absent is a failure.
+    """
+
+    def find(*parts: str) -> Path:
+        announced = os.environ.get(DATA_VARIABLE)
+        if not announced:
+            pytest.skip(f"{DATA_VARIABLE} is not set: no {'/'.join(parts)}")
+        folder = Path(announced, *parts)
+        if not folder.exists():
+            told = f"{DATA_VARIABLE} is {announced}, but {folder} does not exist"
+            pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+        return folder
+
+    return find
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a call of the console command left: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that says what went wrong; the test fails where there is none, or more than that."""
+        lines = self.err.splitlines()
+        assert self.code != 0, f"it exited with 0 and printed {self.out}"
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
+        return lines[0].removeprefix("error: ")
+
+
+@pytest.fixture(scope="session")
+def distill() -> Callable[..., Done]:
+    """`distill("train", "seed=1", cwd=folder)`: the console command's own function, called in this process."""
+
+    def call(*arguments: str, cwd: Path) -> Done:
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with _called_as(["distill", *arguments], cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as ended:
+                code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        return Done(code, out.getvalue(), err.getvalue())
+
+    return call
+
+
+@contextlib.contextmanager
+def _called_as(argv: list[str], cwd: Path) -> Iterator[None]:
+    """Arguments, folder and logging as of a fresh process, put back afterwards."""
+    root, before = logging.getLogger(), sys.argv
+    handlers, level, threads = list(root.handlers), root.level, torch.get_num_threads()
+    sys.argv = argv
+    try:
+        with contextlib.chdir(cwd):
+            yield
+    finally:
+        sys.argv = before
+        GlobalHydra.instance().clear()
+        for handler in [handler for handler in root.handlers if handler not in handlers]:
+            root.removeHandler(handler)
+            handler.close()
+        root.handlers, root.level = handlers, level
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def digits_teacher(distill: Callable[..., Done], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run folder: a small network on scikit-learn's digits, three epochs."""
+    folder = tmp_path_factory.mktemp("teacher")
+    done = distill("train", "name=teacher", *TINY, f"hydra.run.dir={folder}/run", cwd=folder)
+    assert done.code == 0, done.err
+    return folder / "run"
+
+
+TINY = ("trainer.max_epochs=3", "trainer.enable_progress_bar=false", "student.hidden=[32]")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tuple[str, ...]:
+    """Overrides that make any digits run take a fraction of a second."""
+    return TINY

@@ -1,0 +1,81 @@
+"""Ratchets: what users and committed results rely on. A new name here is a decision, so the list changes on purpose."""
+
+import dataclasses
+
+from research.commands.main import COMMANDS
+from research.evaluation.evaluate import ITEM_COLUMNS, METRIC_NAMES
+from research.losses.divergences import DIVERGENCES
+from research.results.record import LEDGER_FIELDS, LEDGER_PARTS, RECORD_KEYS, SCHEMA_VERSION, STATUSES
+from research.results.report import VERDICT_KEYS
+from research.results.study_file import STUDY_KEYS
+from research.schemas import SCHEMAS, EvaluationConfig
+
+ROOT_KEYS = {
+    "train": {
+        "name", "seed", "data", "student", "teacher", "reference", "signal_transform", "method", "optimizer",
+        "scheduler", "trainer", "logger", "paths", "evaluation", "ckpt_path", "monitor", "compile", "threads",
+        "keep_checkpoints", "tags",
+    },
+    "cache": {
+        "name", "seed", "data", "teacher", "paths", "cache_dir", "split", "top_k", "dtype", "shard_rows", "threads",
+    },
+    "evaluate": {"name", "run", "split", "data", "reference", "batch_size", "paths"},
+    "study": {"name", "folder", "preset", "overrides", "runs_dir", "report", "paths"},
+    "report": {"name", "folder", "preset", "paths"},
+}  # fmt: skip
+
+
+def keys_of(schema: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(schema)}
+
+
+def test_p124_commands() -> None:
+    assert COMMANDS == ("train", "cache", "evaluate", "study", "report")
+    assert set(SCHEMAS) == set(COMMANDS)
+
+
+def test_p124_root_keys_of_every_command() -> None:
+    assert {command: keys_of(schema) for command, schema in SCHEMAS.items()} == ROOT_KEYS
+    assert keys_of(EvaluationConfig) == {"splits", "variants", "bias_classes", "weights", "batch_size"}
+
+
+def test_run_record_schema() -> None:
+    """A changed key needs a new SCHEMA_VERSION: older run.json files would no longer be read."""
+    assert SCHEMA_VERSION == 1
+    assert RECORD_KEYS == (
+        "schema", "command", "experiment", "status", "reason", "seed", "config", "config_hash", "overrides",
+        "versions", "revision", "hardware", "started_at", "wall_s", "metrics", "ledger", "data", "student",
+        "teacher", "artifacts",
+    )  # fmt: skip
+    assert STATUSES == ("completed", "failed", "preempted")
+    assert LEDGER_PARTS == ("student_update", "teacher_scoring", "teacher_training", "rollout")
+    assert LEDGER_FIELDS == ("flops", "tokens", "seconds")
+
+
+def test_metric_names() -> None:
+    assert METRIC_NAMES == (
+        "errors", "accuracy", "nll", "brier", "ece", "ece_equal_mass", "fitted_temperature", "nll_scaled",
+        "ece_scaled", "teacher_errors", "agreement_at_1", "agreement_at_5", "error_copying", "kl_teacher_student",
+        "kl_student_teacher", "kl_teacher_student_at_temperature", "kl_student_teacher_at_temperature", "jsd",
+        "total_variation", "wrong_class_spearman", "wrong_class_spearman_items", "centred_logit_mse", "teacher_nll",
+        "teacher_ece", "kl_teacher_student_top_k", "kl_student_teacher_top_k",
+    )  # fmt: skip
+    assert ITEM_COLUMNS == ("index", "label", "prediction", "nll", "max_prob", "teacher_prediction")
+
+
+def test_divergence_names() -> None:
+    assert tuple(DIVERGENCES) == (
+        "forward_kl", "reverse_kl", "jsd", "normalised_jsd", "skewed_forward_kl", "skewed_reverse_kl",
+        "total_variation",
+    )  # fmt: skip
+
+
+def test_study_and_verdict_keys() -> None:
+    assert STUDY_KEYS == (
+        "study", "claim", "question", "base", "requires", "arms", "factors", "seeds", "metric", "lower_is_better",
+        "comparison", "secondary", "published", "budget", "presets",
+    )  # fmt: skip
+    assert VERDICT_KEYS == (
+        "study", "claim", "verdict", "reason", "metric", "arms", "requires", "comparison", "secondary", "published",
+        "command", "revision", "seconds", "missing",
+    )  # fmt: skip
