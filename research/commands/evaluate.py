@@ -16,7 +16,7 @@ GROUPS = ()
 
 
 def task(cfg: DictConfig) -> float:
-    """Evaluate one run folder; writes `evaluation_<split>.json` beside its record and returns the errors."""
+    """Evaluate one run folder; writes `evaluation_<split>[_<key>=<value>].json` beside its record and returns the errors."""
     import json
     from pathlib import Path
 
@@ -49,7 +49,8 @@ def task(cfg: DictConfig) -> float:
         teacher=teacher,
         temperature=float(record.config["method"].get("temperature") or 1.0),
     )
-    path = folder / f"evaluation_{cfg.split}.json"
+    changes = "".join(f"_{key}={value}" for key, value in sorted(moved.items()))  # other data, another file
+    path = folder / f"evaluation_{cfg.split}{changes}.json"
     told = {
         "run": record.config_hash,
         "data": moved,

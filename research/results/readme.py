@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from research.results.bootstrap import DRAWS
 from research.results.comparison import INCONCLUSIVE, Comparison
 from research.results.comparison_spec import ComparisonSpec
 from research.results.fields import StudyError
@@ -62,6 +63,8 @@ def p_text(result: Comparison) -> str:
     if result.p_value is None:
         return "no p"
     smallest = f" (smallest possible {result.smallest_p:.3g})" if result.smallest_p is not None else ""
+    if result.p_value == 0:  # a share of resamples can be 0; what it stands for cannot
+        return f"p < {1 / DRAWS:.3g}"
     return f"p = {result.p_value:.3g}{smallest}"
 
 

@@ -185,8 +185,18 @@ def test_p86_p87_a_preempted_run_says_so_and_goes_on_in_its_own_folder(
         for quantity in ("flops", "tokens"):
             assert resumed.ledger[part][quantity] == quantities[quantity]
         assert (resumed.ledger[part]["seconds"] or 0) >= 0
-    earlier, later = record.ledger["student_update"]["seconds"], resumed.ledger["student_update"]["seconds"]
-    assert later > earlier > 0  # the time of both processes
+
+
+def test_seconds_go_on_from_those_of_the_checkpoint(tmp_path: Path, teacher_folder: Path) -> None:
+    teacher = frozen(str(teacher_folder), **FACTS)
+    go(make_run(tmp_path / "run", teacher), max_epochs=1)
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["spent"]["seconds"] > checkpoint["spent"]["teacher_seconds"] > 0
+    checkpoint["spent"] |= {"seconds": 5000.0, "teacher_seconds": 2000.0}
+    torch.save(checkpoint, path)
+    ledger = go(make_run(tmp_path / "run", teacher, ckpt_path="last")).ledger
+    assert 3000 < ledger["student_update"]["seconds"] < 3100 and 2000 < ledger["teacher_scoring"]["seconds"] < 2100
 
 
 def test_a_checkpoint_of_another_architecture_is_recorded_and_named(tmp_path: Path) -> None:
@@ -241,6 +251,8 @@ def test_what_cannot_be_selected_is_refused_before_the_fit(tmp_path: Path) -> No
 
 def test_validation_can_be_left_out(tmp_path: Path) -> None:
     record = go(make_run(tmp_path, trainer={"limit_val_batches": 0}), limit_val_batches=0)
+    kept = make_run(tmp_path, trainer={"limit_val_batches": 0}).callbacks(StopOnInterrupt())
+    assert [type(callback).__name__ for callback in kept] == ["KeepLast", "StopOnInterrupt"]  # nothing to select on
     assert not [name for name in record.metrics if name.startswith("val/")]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
 

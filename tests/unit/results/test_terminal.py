@@ -7,8 +7,10 @@ import pytest
 from scipy import stats
 
 from research.results.collect import collect
+from research.results.comparison import Comparison
 from research.results.fields import StudyError
 from research.results.overview import BEGIN, END, overview_table, write_overview
+from research.results.readme import p_text
 from research.results.report import build_report
 from research.results.terminal import study_table, verdict_line
 
@@ -76,3 +78,8 @@ def test_overview_leaves_a_readme_without_markers_and_refuses_a_lone_one(worksho
     readme.write_text(f"{END} {BEGIN}\n")
     with pytest.raises(StudyError, match="expected one"):
         write_overview(readme, folder.parent)
+
+
+def test_a_share_of_no_resample_is_not_printed_as_zero() -> None:
+    found = Comparison(3.0, 3.0, 19.0, 0.0, "share of seed bootstraps", 5, None, "temperature", ())
+    assert p_text(found) == "p < 0.0001"
