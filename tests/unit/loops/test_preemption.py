@@ -48,7 +48,7 @@ def stop(number: signal.Signals, folder: Path) -> tuple[int, str]:
     while process.poll() is None and not (folder / "progress.json").exists():  # written after the first epoch
         time.sleep(0.01)
     process.send_signal(number)
-    told = process.communicate(timeout=120)[1]
+    told = process.communicate(timeout=600)[1]
     return process.returncode, told
 
 

@@ -231,7 +231,7 @@ def test_p46_two_ranks_are_one_rank(kit: SimpleNamespace, tmp_path: Path) -> Non
         )
         for rank in (0, 1)
     ]
-    told = [process.communicate(timeout=120)[0] for process in ranks]
+    told = [process.communicate(timeout=600)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], told
     two = torch.load(tmp_path / "end.pt", weights_only=True)
     method = kit.make_method("soft_and_hard")

@@ -181,6 +181,6 @@ test_resume.run(kit, test_resume.make(kit).arm(9, signal.SIGKILL), Path(sys.argv
 
 @pytest.mark.slow  # a process that loads everything
 def test_p81_a_real_kill(kit: SimpleNamespace, uninterrupted: Any, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, timeout=600)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert_goes_on_exactly(kit, uninterrupted, tmp_path, 1)
