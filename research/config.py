@@ -75,6 +75,11 @@ def build(cfg: DictConfig) -> Parts:
             raise ConfigError("signal_transform needs a teacher to transform; choose one with teacher=frozen or cached")
         teacher = make(cfg.signal_transform, "signal_transform", teacher=teacher)
     reference = build_teacher(cfg, "reference", facts)
+    if reference is not None and reference.identity.kind == "cached":
+        raise ConfigError(
+            "teacher@reference=cached holds signals of training rows, and fidelity is measured on others; "
+            "choose teacher@reference=frozen or teacher@reference=ensemble"
+        )
     training = _training(cfg, student, architecture)
     method = expect_kind(make(cfg.method, "method", training=training, teacher=teacher), "method", AbstractMethod)
     return Parts(data, method, teacher, reference, architecture)

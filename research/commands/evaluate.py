@@ -16,8 +16,9 @@ GROUPS = ()
 
 
 def task(cfg: DictConfig) -> float:
-    """Evaluate one run folder; writes `evaluation_<split>[_<key>=<value>].json` beside its record and returns the errors."""
+    """Evaluate one run folder; writes `evaluation_<split>[_<key>=<value>].json` beside its record, returns the errors."""
     import json
+    import re
     from pathlib import Path
 
     from omegaconf import OmegaConf
@@ -49,7 +50,8 @@ def task(cfg: DictConfig) -> float:
         teacher=teacher,
         temperature=float(record.config["method"].get("temperature") or 1.0),
     )
-    changes = "".join(f"_{key}={value}" for key, value in sorted(moved.items()))  # other data, another file
+    changes = "".join(f"_{key}={value}" for key, value in sorted(moved.items()) if key != "data_dir")
+    changes = re.sub(r"[^\w.=,-]+", "-", changes)  # other data, another file
     path = folder / f"evaluation_{cfg.split}{changes}.json"
     told = {
         "run": record.config_hash,

@@ -23,6 +23,7 @@ _CHOICES = re.compile(r"Available options in [^:]+:\s*(.*?)(?:\nConfig search pa
 _MERGING = re.compile(r"Error merging override (.*)")
 _NOT_A_GROUP = re.compile(r"Could not override '([^']+)'\.\s*Did you mean to override (?:one of )?([^?]+)\?")
 _NO_GROUP = re.compile(r"Could not override '([^']+)'\.\s*No match in the defaults list")
+_UNKNOWN_GROUP = re.compile(r"Override ([^=\s]+)=?\S* looks like a config group override")
 _NOT_A_CHOICE = "Config group override must be a string or a list"
 
 
@@ -42,7 +43,7 @@ def explain_composition(command: str, conf_dir: str, arguments: list[str], error
         return f"{given!r} holds several values; sweep over them with -m, or write \"{key}='{value}'\", {key}=[{value}]"
     if found := _NOT_A_GROUP.search(text):
         return f"{found[1]!r} is no group of `distill {command}`; choose one of {found[2]}"
-    if found := _NO_GROUP.search(text):
+    if (found := _NO_GROUP.search(text)) or (found := _UNKNOWN_GROUP.search(text)):
         return f"{found[1]!r} is no group of `distill {command}`; see them with `distill {command} --help`"
     if found := _NO_CHOICE.search(text):
         return _no_choice(command, found[1], text)

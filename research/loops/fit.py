@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from research.data.base import AbstractClassData
@@ -222,3 +223,9 @@ class ReportProgress(Callback):
             partial = self._path.with_suffix(".partial")
             partial.write_text(json.dumps(told))
             os.replace(partial, self._path)  # whoever reads it finds one state or the next, never half of one
+
+
+def profiler_into(run_dir: Path, kind: str) -> SimpleProfiler | AdvancedProfiler:
+    """Lightning's profiler of that name, which writes `fit-profile.txt` into the run folder."""
+    chosen = SimpleProfiler if kind == "simple" else AdvancedProfiler
+    return chosen(dirpath=run_dir, filename="profile")

@@ -60,6 +60,7 @@ class TrainingRun:
     def __post_init__(self) -> None:
         self.started_at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
         self.started = time.perf_counter()
+        self._accelerator: str | None = None
 
     # -- the steps ----------------------------------------------------------------------------------------------------
 
@@ -81,6 +82,8 @@ class TrainingRun:
     def run(self, trainer: L.Trainer, interrupt: StopOnInterrupt) -> RunRecord:
         """Fit, evaluate and write `run.json`, whatever the outcome; raises after it where the run did not complete."""
         outcome: FitOutcome | None = None
+        device = trainer.strategy.root_device  # asked before the fit: after it the student is back on the CPU
+        self._accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         try:
             with stopped_by_signals(f"outside the fit (run folder {self.run_dir})"):
                 resume = resume_path(self.config["ckpt_path"], self.run_dir)
@@ -108,7 +111,7 @@ class TrainingRun:
         _leave_other_ranks(trainer)
         self._take_weights()
         student_sha256 = save_network(self.run_dir / NETWORK_FOLDER, self.method.student, self.architecture)
-        metrics, artifacts = self._evaluate()
+        metrics, artifacts = self._evaluate(trainer.strategy.root_device)
         metrics |= {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         for callback in trainer.checkpoint_callbacks:
             monitor, score = getattr(callback, "monitor", None), getattr(callback, "best_model_score", None)
@@ -126,9 +129,11 @@ class TrainingRun:
             state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
             self.method.load_state_dict(state)
 
-    def _evaluate(self) -> tuple[dict[str, float], dict[str, str]]:
-        options, student = self.config["evaluation"], self.method.student
+    def _evaluate(self, device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
+        options, student = self.config["evaluation"], self.method.student.to(device)
         reference = self.reference or self._live_teacher()
+        if reference is not None:
+            reference.to(device)
         temperature = float(getattr(self.method, "temperature", 1.0))
         metrics: dict[str, float] = {}
         artifacts: dict[str, str] = {"student": NETWORK_FOLDER}
@@ -167,7 +172,6 @@ class TrainingRun:
         self, outcome: FitOutcome, metrics: dict[str, float], artifacts: dict[str, str], student_sha256: str | None
     ) -> RunRecord:
         teacher = self.method.teacher
-        accelerator = torch.cuda.get_device_name() if self.method.device.type == "cuda" else None
         record = RunRecord(
             command=self.command,
             experiment=self.config["name"],
@@ -181,7 +185,7 @@ class TrainingRun:
             wall_s=time.perf_counter() - self.started,
             versions=collect_versions(),
             revision=git_revision(Path(__file__).parent),
-            hardware=hardware(torch.get_num_threads(), accelerator),
+            hardware=hardware(torch.get_num_threads(), self._accelerator),
             ledger=self._ledger(outcome),
             data={
                 "name": type(self.data).__name__,

@@ -4,6 +4,7 @@ The hash of the weights is the network's identity everywhere: in run records, in
 what is loaded is what was saved.
 """
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -29,11 +30,19 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_network(folder: Path, module: nn.Module, architecture: dict[str, Any]) -> str:
-    """Write a network and the plain description it is rebuilt from; returns the weights' sha256."""
+def save_network(folder: Path, module: nn.Module, architecture: dict[str, Any], *, half: bool = False) -> str:
+    """Write a network and the plain description it is rebuilt from; returns the weights' sha256.
+
+    half  round floating-point weights to float16, which halves the file; the hash is that of the rounded weights as
+          they are loaded back, in their own dtype
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    sha256 = weights_sha256(module)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+    if half:
+        module = copy.deepcopy(module)
+        tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
+        module.load_state_dict(tensors)
+    sha256 = weights_sha256(module)
     (folder / WEIGHTS_FILE).write_bytes(save(tensors))  # cloned: the format refuses tensors that share memory
     (folder / ARCHITECTURE_FILE).write_text(json.dumps({**architecture, "sha256": sha256}, indent=2) + "\n")
     return sha256

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from research.config import Parts, build, build_data, build_logger, build_teacher, build_trainer, plain
 from research.data.base import AbstractClassData
 from research.errors import ConfigError, Preempted
-from research.loops.fit import ReportProgress, StopOnInterrupt
+from research.loops.fit import ReportProgress, StopOnInterrupt, profiler_into
 from research.loops.training import TrainingRun
 from research.results.record import RunRecord, collect_versions, git_revision, hardware, write_record
 from research.schemas import check_root
@@ -62,7 +62,10 @@ def train_job(cfg: DictConfig) -> RunRecord:
             "enable_model_summary": False,
             "num_sanity_val_steps": 0,
         }
-        trainer = build_trainer(cfg.trainer, **late)
+        options = plain(cfg.trainer)
+        if options.get("profiler") in ("simple", "advanced"):
+            late["profiler"] = profiler_into(run_dir, options.pop("profiler"))
+        trainer = build_trainer(options, **late)
         if cfg.compile:
             parts.method.student.compile()
         log.info("student %s, teacher %s", parts.architecture["network"], parts.teacher and parts.teacher.identity)
@@ -92,6 +95,8 @@ def cache_job(cfg: DictConfig, *, show_progress: bool = False) -> Path:
     if teacher is None:
         raise ConfigError("distill cache needs a teacher; give teacher=frozen teacher.path=FOLDER")
     folder = Path(cfg.cache_dir or f"{HydraConfig.get().runtime.output_dir}/cache")
+    if teacher.identity.kind == "cached":
+        raise ConfigError("teacher=cached is a cache already; score with the teacher behind it: teacher=frozen or ensemble")
     rows = len(data.split_tensors(cfg.split)[1])
     fingerprint = CacheFingerprint(
         teacher_sha256=teacher.identity.sha256,
@@ -197,5 +202,9 @@ def _sole_owner(folder: Path) -> Iterator[None]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("another process works in %s; waiting until it ends", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +78,7 @@ class StudyRunner:
         self.preset, self.runs_dir, self.shared_dir = preset, runs_dir.absolute(), shared_dir.absolute()
         self._extra, self._launcher = tuple(extra), tuple(launcher)
         self._requirement_dirs: dict[str, str] = {}
+        self._made: set[str] = set()
 
     def run(self) -> None:
         """Make what is missing, then collect the records into the study's folder (not those of a trial with `extra`).
@@ -158,12 +159,14 @@ class StudyRunner:
 
     def _launch(self, jobs: list[Job], progress: StudyProgress, *, tolerate: bool = False) -> dict[str, str]:
         """Run the unfinished jobs through the launcher; returns why which failed, or raises unless tolerated."""
-        todo = [job for job in jobs if not job.is_finished()]
+        outdated = [job for job in jobs if job.is_finished() and self._is_outdated(job)]
+        todo = [job for job in jobs if job in outdated or not job.is_finished()]
         progress.advance(len(jobs) - len(todo))
         if not todo:
             return {}
         for job in todo:
-            _set_aside_other_run(job)
+            _set_aside_other_run(job, outdated=job in outdated)
+            self._made.add(str(job.folder))
         launcher = self._launcher_for(todo[0].command)
         overrides = [[*job.overrides, f"hydra.sweep.subdir={quoted(str(job.folder))}"] for job in todo]
         folders = [job.folder for job in todo]
@@ -187,6 +190,13 @@ class StudyRunner:
                 raise ConfigError(f"{name}, which {self.study.name} requires, ended with {reason}")
         return failures
 
+    def _is_outdated(self, job: Job) -> bool:
+        """Whether a finished run would come out differently today: what it needs was made anew, or a file changed."""
+        if any(folder in text for folder in self._made for text in job.overrides):
+            return True
+        path = job.folder / "run.json"
+        return path.exists() and bool(changed_values(read_record(path).config, _composed(job)))
+
     def _launcher_for(self, command: str) -> Any:
         """The configured launcher, set up for the config of another command."""
         loader = _hydra().config_loader
@@ -200,6 +210,30 @@ class StudyRunner:
         )
 
 
+def changed_values(recorded: Mapping[str, Any], composed: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys, in both configs, whose values differ: what a YAML file that was edited since would change in a run.
+
+    Keys that only one of them has say nothing of the run, and values that interpolate are resolved in a run alone.
+    """
+    changed = []
+    for key in recorded.keys() & composed.keys():
+        old, new = recorded[key], composed[key]
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changed += changed_values(old, new, f"{prefix}{key}.")
+        elif old != new and not (isinstance(new, str) and "${" in new):
+            changed.append(f"{prefix}{key}")
+    return sorted(changed)
+
+
+def _composed(job: Job) -> dict[str, Any]:
+    """The config that a job would run with today, unresolved."""
+    config = _hydra().config_loader.load_configuration(job.command, list(job.overrides), run_mode=RunMode.RUN)
+    with open_dict(config):
+        del config["hydra"]
+    container: Any = OmegaConf.to_container(config, resolve=False)
+    return dict(container)
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     """SIGTERM ends a study as Ctrl-C does, so that a launcher stops its workers; the exit code says which it was."""
     stopped = Preempted(f"{signal.Signals(number).name}; the same command goes on from here", 128 + number)
@@ -210,13 +244,13 @@ def _finished(folder: Path, jobs: Sequence[Job]) -> bool:
     return next(job for job in jobs if job.folder == folder).is_finished()
 
 
-def _set_aside_other_run(job: Job) -> None:
+def _set_aside_other_run(job: Job, *, outdated: bool = False) -> None:
     """Keep what an earlier definition of the study left in this folder, under a name of its own.
 
     A run that was killed has no record yet, but a checkpoint that must not be gone on from with other overrides.
     """
     found = _overrides_of(job.folder)
-    if job.command == "train" and found is not None and found != list(job.overrides):
+    if outdated or (job.command == "train" and found is not None and found != list(job.overrides)):
         number = sum(1 for _ in job.folder.parent.glob(f"{job.folder.name}.other-*"))
         job.folder.rename(job.folder.with_name(f"{job.folder.name}.other-{number}"))
 

@@ -14,7 +14,7 @@ from research.teachers.base import AbstractTeacher, TeacherIdentity
 
 @dataclass(frozen=True)
 class LoadedNetwork:
-    """A network read from disk with what is known of it; made by `research.config.load_network`."""
+    """A network read from disk with what is known of it; made by `research.teachers.load.load_network`."""
 
     network: nn.Module
     input_shape: tuple[int, ...]

@@ -21,7 +21,7 @@ RUN = (
     "student.hidden=[16]",
     "student.dropout=0.5",
     "data.shift_pixels=1",
-    "trainer.max_epochs=40",
+    "trainer.max_epochs=20",
     "trainer.enable_progress_bar=false",
     "logger=none",
 )

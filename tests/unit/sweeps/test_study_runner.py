@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from research.errors import ConfigError
 from research.results.record import RunRecord, write_record
 from research.results.study import Requirement, requirements
-from research.sweeps.study_runner import QUIET, QUIET_TRAIN, Job, StudyRunner, _set_aside_other_run, quoted
+from research.sweeps.study_runner import QUIET, QUIET_TRAIN, Job, StudyRunner, _set_aside_other_run, changed_values, quoted
 
 
 def job(folder: Path, *overrides: str, command: str = "train") -> Job:
@@ -153,3 +153,11 @@ def test_a_requirement_of_an_unknown_kind_is_refused(runner: Callable[..., Study
 @pytest.mark.parametrize("text", ["/a/b", "/a b/c=d", "/it's/here", r"back\slash", r"a\'b", "end\\", "a,b{c}", "${x}"])
 def test_quoted_texts_come_back_as_they_were(text: str) -> None:
     assert OverridesParser.create().parse_override(f"key={quoted(text)}").value() == text
+
+
+def test_values_that_a_file_changed_are_named() -> None:
+    recorded = {"trainer": {"max_epochs": 5, "precision": "bf16-mixed"}, "seed": 0, "gone": 1}
+    composed = {"trainer": {"max_epochs": 12, "precision": "bf16-mixed"}, "seed": 0, "new": 2}
+    assert changed_values(recorded, composed) == ["trainer.max_epochs"]
+    assert changed_values(recorded, recorded) == []
+    assert changed_values({"dir": "outputs/a"}, {"dir": "${paths.output_dir}/a"}) == []
