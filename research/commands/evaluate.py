@@ -16,7 +16,7 @@ GROUPS = ()
 
 
 def task(cfg: DictConfig) -> float:
-    """Evaluate one run folder; writes `evaluation_<split>[_<key>=<value>].json` beside its record, returns the errors."""
+    """Evaluate one run folder; writes `evaluation_<split>[_<key>=<value>].json` there and returns the errors."""
     import json
     import re
     from pathlib import Path

@@ -96,7 +96,9 @@ def cache_job(cfg: DictConfig, *, show_progress: bool = False) -> Path:
         raise ConfigError("distill cache needs a teacher; give teacher=frozen teacher.path=FOLDER")
     folder = Path(cfg.cache_dir or f"{HydraConfig.get().runtime.output_dir}/cache")
     if teacher.identity.kind == "cached":
-        raise ConfigError("teacher=cached is a cache already; score with the teacher behind it: teacher=frozen or ensemble")
+        raise ConfigError(
+            "teacher=cached is a cache already; score with the teacher behind it: teacher=frozen or ensemble"
+        )
     rows = len(data.split_tensors(cfg.split)[1])
     fingerprint = CacheFingerprint(
         teacher_sha256=teacher.identity.sha256,

@@ -29,8 +29,10 @@ def load_network(path: str | Path, *, input_shape: Sequence[int], num_classes: i
     """
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"no file or folder {path}; give a run folder, a .ckpt file or a Hugging Face folder, "
-            f"or train one into it: distill train experiment=NAME hydra.run.dir={path}")
+        raise CheckpointError(
+            f"no file or folder {path}; give a run folder, a .ckpt file or a Hugging Face folder, "
+            f"or train one into it: distill train experiment=NAME hydra.run.dir={path}"
+        )
     if path.suffix in CHECKPOINT_SUFFIXES:
         loaded = _from_checkpoint(path)
     elif (path / NETWORK_FOLDER / ARCHITECTURE_FILE).exists():

@@ -45,9 +45,9 @@ def test_offset_follows_the_teachers_argmax_on_held_out_rows(top_k):
     metrics = evaluate_with_bias(nn.Identity(), DATA, Threshold(top_k), [1], batch_size=4)
     assert metrics == {
         "test/bias": 7.0,
-        "test/recall_unseen": 0.0,
+        "test/recall_bias_classes": 0.0,
         "test/errors_bias_fixed": 1.0,
-        "test/recall_unseen_bias_fixed": 1.0,
+        "test/recall_bias_classes_bias_fixed": 1.0,
         "test/bias_on_test": 4.75,
         "test/errors_bias_on_test": 0.0,
     }

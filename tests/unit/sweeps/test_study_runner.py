@@ -12,7 +12,15 @@ from omegaconf import OmegaConf
 from research.errors import ConfigError
 from research.results.record import RunRecord, write_record
 from research.results.study import Requirement, requirements
-from research.sweeps.study_runner import QUIET, QUIET_TRAIN, Job, StudyRunner, _set_aside_other_run, changed_values, quoted
+from research.sweeps.study_runner import (
+    QUIET,
+    QUIET_TRAIN,
+    Job,
+    StudyRunner,
+    _set_aside_other_run,
+    changed_values,
+    quoted,
+)
 
 
 def job(folder: Path, *overrides: str, command: str = "train") -> Job:
