@@ -221,7 +221,7 @@ def write_table(found: dict[str, dict]) -> None:
 BASE = ["experiment=mnist_hard", "data.holdout=0", "evaluation.variants=null", "trainer.max_epochs=1",
         "trainer.enable_progress_bar=false"]  # fmt: skip
 SHARED = EXPERIMENTS.parent / "outputs" / "shared"
-TEACHER = next(iter(sorted(SHARED.glob("mnist_teacher-*"))), Path("run-mnist_soft_targets-first"))
+TEACHER = EXPERIMENTS / "teachers" / "mnist"
 CACHE = next(iter(sorted(SHARED.glob("mnist_cache-*"))), Path("run-mnist_soft_targets-first"))
 ARMS = {
     "hard": BASE,
