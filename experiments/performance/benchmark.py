@@ -128,7 +128,7 @@ def cells() -> dict[str, object]:
     """(c) Wall seconds of the runs of every committed study, from its results."""
     found: dict[str, object] = {}
     for path in sorted(EXPERIMENTS.glob("*/results.csv")):
-        rows = [row for row in csv.DictReader(path.open()) if row.get("role", "arm") == "cell" and row.get("seconds")]
+        rows = [row for row in csv.DictReader(path.open()) if row.get("role") == "arm" and row.get("seconds")]
         seconds = [float(row["seconds"]) for row in rows]
         if seconds:
             found[path.parent.name] = {
