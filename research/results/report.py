@@ -1,11 +1,12 @@
 """``build_report``: everything a reader sees of a study, rebuilt from its committed records alone, byte for byte."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from research.results.collect import ITEMS_FILE, CommittedRuns, read_committed, results_folder
+from research.results.collect import ITEMS_FILE, RECORDS_FILE, CommittedRuns, read_committed, results_folder
 from research.results.comparison import Comparison, compare, resampled_operands, verdict_for
 from research.results.comparison_spec import ComparisonSpec
 from research.results.figure import write_figure
@@ -19,6 +20,8 @@ from research.results.study import Study, cells
 from research.results.study_file import read_study
 from research.results.table import csv_bytes, table_columns, tidy_rows
 
+OUTPUT_FILES = ("figure.svg", "figure.png", "results.csv", "verdict.json", "README.md")
+STAMP_FILE = "report.sha256"
 VERDICT_KEYS = (
     "study", "claim", "verdict", "reason", "metric", "arms", "requires", "comparison", "secondary", "published",
     "command", "revision", "seconds", "missing",
@@ -33,11 +36,33 @@ def study_command(study: Study, preset: str | None = None) -> str:
 def build_report(study_dir: str | Path, preset: str | None = None) -> dict[str, Path]:
     """Writes results.csv, verdict.json, figure.svg, figure.png and the results block of README.md; returns their paths.
 
+    Where nothing changed since, files, code and results alike (their hash is in report.sha256), nothing is made again.
+
     Reads study.yaml, records.jsonl and items.parquet, and nothing else: no clock, no machine, no run directory. Raises
     StudyError for a study or records that cannot be used.
     """
     study = read_study(study_dir)
     folder = results_folder(study, preset)
+    paths = {name: folder / name for name in OUTPUT_FILES}
+    stamp = folder / STAMP_FILE
+    inputs = [study.path, folder / RECORDS_FILE, folder / ITEMS_FILE, *sorted(Path(__file__).parent.glob("*.py"))]
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == _stamp([*inputs, *paths.values()]):
+        return paths
+    _rebuild(study, folder, preset)
+    write_changed(stamp, _stamp([*inputs, *paths.values()]).encode())
+    return paths
+
+
+def _stamp(files: Iterable[Path]) -> str:
+    """One sha256 over what a report is made from, what makes it, and what it left; absent files count as absent."""
+    digest = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes() if file.is_file() else b"absent"
+        digest.update(f"{file.name}:{hashlib.sha256(content).hexdigest()};".encode())
+    return digest.hexdigest() + "\n"
+
+
+def _rebuild(study: Study, folder: Path, preset: str | None) -> None:
     runs = read_committed(study, preset)
     panel = _panel(study, runs, folder / ITEMS_FILE, preset)
     arms = summaries(study, panel)
@@ -57,13 +82,11 @@ def build_report(study_dir: str | Path, preset: str | None = None) -> dict[str, 
         "secondary": secondary,
         **_provenance(study, runs, preset),
     }
-    paths = write_figure(folder, plot_of(study, panel, verdict, sentence))
-    paths |= {name: folder / name for name in ("results.csv", "verdict.json", "README.md")}
-    write_changed(paths["results.csv"], csv_bytes(table_columns(study, rows), rows))
-    write_changed(paths["verdict.json"], verdict_bytes(content))
+    write_figure(folder, plot_of(study, panel, verdict, sentence))
+    write_changed(folder / "results.csv", csv_bytes(table_columns(study, rows), rows))
+    write_changed(folder / "verdict.json", verdict_bytes(content))
     block = results_block(study, content, sentence, lines, arms, rows)
-    _write_readme(paths["README.md"], study, study_command(study, preset), block)
-    return paths
+    _write_readme(folder / "README.md", study, study_command(study, preset), block)
 
 
 def _panel(study: Study, runs: CommittedRuns, items_path: Path, preset: str | None) -> Panel:

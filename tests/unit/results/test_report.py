@@ -16,7 +16,7 @@ from research.results.report import VERDICT_KEYS, build_report, revision_of
 from research.results.study import cells
 from research.results.study_file import read_study
 
-OUTPUTS = ("README.md", "figure.png", "figure.svg", "results.csv", "verdict.json")
+OUTPUTS = ("README.md", "figure.png", "figure.svg", "report.sha256", "results.csv", "verdict.json")
 
 
 def _built(workshop, errors=None, **options) -> tuple[Path, dict]:
@@ -291,3 +291,31 @@ def test_revision_names_every_state_the_runs_were_made_at() -> None:
 def test_study_dataclasses_cannot_be_changed(workshop) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         workshop.study().claim = "C05"
+
+
+@pytest.mark.parametrize("name", ["figure.svg", "results.csv", "verdict.json"])
+def test_a_result_that_was_changed_or_lost_is_made_again(workshop, name: str) -> None:
+    folder, _ = _built(workshop)
+    before = _contents(folder)
+    (folder / name).write_text("changed by hand")
+    build_report(folder)
+    assert _contents(folder) == before
+    (folder / name).unlink()
+    build_report(folder)
+    assert _contents(folder) == before
+
+
+def test_a_report_of_the_same_files_is_not_made_again_and_of_other_records_is(workshop) -> None:
+    folder, verdict = _built(workshop)
+    (folder / "items.parquet").chmod(0o644)
+    stamp = (folder / "report.sha256").read_text()
+    build_report(folder)
+    assert (folder / "report.sha256").read_text() == stamp
+    records = folder / "records.jsonl"
+    records.write_text(
+        "".join(line for line in records.read_text().splitlines(keepends=True) if '"soft/seed=5"' not in line)
+    )
+    build_report(folder)
+    assert (folder / "report.sha256").read_text() != stamp
+    after = json.loads((folder / "verdict.json").read_text())
+    assert after["arms"]["soft"]["n"] == verdict["arms"]["soft"]["n"] - 1
