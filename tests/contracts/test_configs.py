@@ -83,7 +83,9 @@ def test_p112_the_root_configs_are_the_commands() -> None:
 
 @pytest.mark.parametrize("command", SCHEMAS)
 def test_p112_every_root_composes_and_its_schema_is_covered(command: str) -> None:
-    check_nodes(composed(command))
+    cfg = composed(command)
+    check_nodes(cfg)
+    assert cfg.name
 
 
 @pytest.fixture

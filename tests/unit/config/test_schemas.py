@@ -22,7 +22,9 @@ def root(command: str, **changes: Any) -> DictConfig:
 
 @pytest.mark.parametrize("command", SCHEMAS)
 def test_the_defaults_pass(command: str) -> None:
-    check_root(root(command), command)
+    given = root(command)
+    check_root(given, command)
+    assert given == root(command)  # checked, not mended
 
 
 @pytest.mark.parametrize("command", SCHEMAS)
