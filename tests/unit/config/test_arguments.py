@@ -103,6 +103,8 @@ def test_a_value_of_another_type_is_told(name: str, value: Any, told: str) -> No
 def test_values_that_fit_pass() -> None:
     check_types(example, "data", {"size": 3, "rate": 1, "mode": "b", "widths": [1, 2], "rows": 2, "folder": "x"})
     check_types(example, "data", {"folder": None, "anything": "unknown names are not this check's"})
+    with pytest.raises(ConfigError):
+        check_types(example, "data", {"size": "three"})
 
 
 @pytest.mark.parametrize(

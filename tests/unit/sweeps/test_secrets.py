@@ -41,7 +41,9 @@ def test_p116_a_literal_secret_is_refused_and_not_repeated(override: str) -> Non
     ],
 )
 def test_references_and_harmless_words_pass(override: str) -> None:
-    refuse_secret_overrides([override])
+    given = [override]
+    refuse_secret_overrides(given)
+    assert given == [override]
 
 
 def test_p116_what_was_written_already_is_masked(tmp_path: Path) -> None:
