@@ -2,18 +2,23 @@
 
 A tensor's name ends in its dimensions:
 
-    B batch   T time   V vocabulary or classes   K kept top-k   D width   N positions (rows of a class batch, or
-    graded tokens)   P problems   G samples per problem
+    B batch   T time   D documents or width   V vocabulary or classes   K kept top-k   N positions (rows of a class
+    batch, or graded tokens)   P problems   G samples per problem
 
 ``logits`` are unnormalised, ``logprobs`` are natural logs, ``probs`` sum to one. ``loss_mask`` is True where a
 position is trained on. ``index`` is the stable id of an item in its split: it joins a batch to a cache and an item to
 its record.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
+
+PAD_SEGMENT = 0  # the segment id of padding; documents of a row are numbered from 1
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,10 @@ class ClassBatch:
     def __len__(self) -> int:
         return int(self.label_B.shape[0])
 
+    def network_inputs(self) -> tuple[Tensor, ...]:
+        """What a network is called with: ``logits_NV = network(*batch.network_inputs())``."""
+        return (self.inputs,)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ClassBatch":
         """The same batch on ``device``; itself where it is there already."""
         if self.inputs.device == torch.device(device):
@@ -47,8 +56,143 @@ class ClassBatch:
 
 
 @dataclass(frozen=True)
+class TokenBatch:
+    """One micro-batch of text: rows of one document each or, where packed, of several.
+
+    ids_BT        int64 token ids, padded on the right
+    label_BT      int64 the token that the logits at the same place predict (already aligned: nobody shifts again);
+                  0 where nothing is predicted, which ``weight_BT`` takes out
+    weight_BT     float32 what a place counts in the loss: 1 on completions (EOS included), ``prompt_loss_weight`` on
+                  prompts, 0 on padding and at the last token of every document
+    completion_BT bool True where the label belongs to a completion: the places that a teacher's signal is matched on
+    position_BT   int64 place within its document, from 0
+    segment_BT    int64 number of the document within its row, from 1; 0 on padding. No document attends to another
+    index_D       int64 stable ids of the documents, row by row, in the order in which they stand in each row
+    step_weight   sum of ``weight_BT`` over the whole optimizer step: all its micro-batches on all ranks
+    step_completion_tokens   number of True places of ``completion_BT`` over the whole step
+    step_rows     documents over the whole step
+    """
+
+    ids_BT: Tensor
+    label_BT: Tensor
+    weight_BT: Tensor
+    completion_BT: Tensor
+    position_BT: Tensor
+    segment_BT: Tensor
+    index_D: Tensor
+    step_weight: float
+    step_completion_tokens: int
+    step_rows: int
+
+    def __len__(self) -> int:
+        """Documents in this micro-batch."""
+        return int(self.index_D.shape[0])
+
+    @property
+    def index_B(self) -> Tensor:
+        """The documents' ids, under the name that every batch has."""
+        return self.index_D
+
+    def network_inputs(self) -> tuple[Tensor, ...]:
+        """What a network is called with: ``logits_BTV = network(*batch.network_inputs())``."""
+        return (self.ids_BT, self.position_BT, self.segment_BT)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenBatch":
+        """The same batch on ``device``; itself where it is there already."""
+        if self.ids_BT.device == torch.device(device):
+            return self
+        names = ("ids_BT", "label_BT", "weight_BT", "completion_BT", "position_BT", "segment_BT", "index_D")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
+
+
+Batch = ClassBatch | TokenBatch
+
+
+class Verdict(StrEnum):
+    """What a verifier says of an answer. Only CORRECT earns anything; the others say why not."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNPARSED = "unparsed"  # no answer was found, or the gold answer itself cannot be read
+    TRUNCATED = "truncated"  # the length limit came before the answer
+    TIMEOUT = "timeout"  # the verifier was stopped
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem as a task poses it.
+
+    index    stable id within the split
+    text     what is asked, without any template
+    answer   the gold answer, as text
+    chain    the reference's worked steps, one text; "" where the task has none
+    level    how hard it is, in the task's own unit (terms of a sum, digits of a number); None where it has none
+    details  plain values that the task's verifier needs beside
+    """
+
+    index: int
+    text: str
+    answer: str
+    chain: str = ""
+    level: int | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Text that somebody wrote for a problem: a teacher, a person, or the student itself.
+
+    problem  the problem's text, without template
+    index    the problem's id in the split it came from, or the row of an imported file
+    sample   number of the attempt at this problem, from 0
+    details  plain values beside: verdict, origin, tokens, logprob, ...
+    """
+
+    problem: str
+    chain: str
+    answer: str
+    index: int
+    sample: int = 0
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn; stored beside every score that depends on it.
+
+    num_samples     completions per problem
+    temperature     0: the most likely token at each place (greedy); else logits are divided by it
+    top_p           smallest set of tokens whose probability reaches it; 1: all
+    max_new_tokens  length limit of a completion, EOS included
+    seed            every completion draws from its own stream of (seed, problem index, sample): no batch changes it
+    """
+
+    num_samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote after one prompt.
+
+    ids       generated token ids, the EOS included where it came; () where a server gives text alone
+    text      the same decoded, without EOS
+    stop      "eos", or "length" where the limit came first
+    logprob   sum of the natural-log probabilities of ``ids`` as they were drawn from; None where not known
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    stop: str
+    logprob: float | None = None
+
+
+@dataclass(frozen=True)
 class DenseLogits:
-    """The teacher's full distribution: ``softmax(logits_NV)``, never requiring grad."""
+    """The teacher's full distribution: ``softmax(logits_NV)``, never requiring grad; [B, T, V] for a token batch."""
 
     logits_NV: Tensor
 
@@ -78,7 +222,7 @@ TeacherSignal = DenseLogits | TopKLogprobs
 
 @dataclass(frozen=True)
 class LossSum:
-    """One loss component before any mean: the sum over trained positions, and how many there were.
+    """One loss component before any mean: the sum over trained positions, and how many there were (or their weight).
 
     The mean is taken once, in ``methods/base.py``, over the positions of the whole optimizer step.
     """
