@@ -19,27 +19,33 @@ from torch import nn
 
 from research.arguments import check_names, check_types, locate_target, missing_arguments
 from research.data.base import AbstractClassData
+from research.data.traces import TraceData
 from research.errors import ConfigError
 from research.methods.base import AbstractMethod, Training
 from research.models.build import build_network, describe
 from research.seeding import seed_for
+from research.tasks.base import AbstractTask
 from research.teachers.base import AbstractTeacher
 
 ALLOWED_PREFIXES: tuple[str, ...] = (
     "research.data.",
+    "research.tasks.",
+    "research.text.",
+    "research.generation.",
     "research.methods.",
     "research.teachers.",
     "torch.optim.",
     "lightning.Trainer",
     "lightning.pytorch.loggers.",
 )
+DataModule = AbstractClassData | TraceData
 
 
 @dataclass
 class Parts:
     """What one training run is made of."""
 
-    data: AbstractClassData
+    data: DataModule
     method: AbstractMethod
     teacher: AbstractTeacher | None
     reference: AbstractTeacher | None
@@ -63,7 +69,7 @@ def build(cfg: DictConfig) -> Parts:
     for a key or value that does not fit, CheckpointError and CacheError for teachers that do not.
     """
     data = build_data(cfg)
-    facts: dict[str, Any] = {"input_shape": tuple(data.input_shape), "num_classes": data.num_classes}
+    facts = data.facts()
     description = plain(cfg.student)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(cfg.seed, "init"))
@@ -85,10 +91,35 @@ def build(cfg: DictConfig) -> Parts:
     return Parts(data, method, teacher, reference, architecture)
 
 
-def build_data(cfg: DictConfig, overrides: Mapping[str, Any] | None = None) -> AbstractClassData:
-    """The datamodule of a config, with some of its keys replaced; its order and views follow the run's seed."""
-    data = make({**plain(cfg.data), **(overrides or {})}, "data", seed=cfg.seed)
-    return expect_kind(data, "data", AbstractClassData)
+def build_data(cfg: DictConfig, overrides: Mapping[str, Any] | None = None) -> DataModule:
+    """The datamodule of a config, with some of its keys replaced; its order and views follow the run's seed.
+
+    overrides  keys of `data`, or with the prefix `task.` of `task`
+    """
+    given = dict(overrides or {})
+    for_task = {key.removeprefix("task."): given.pop(key) for key in list(given) if key.startswith("task.")}
+    late: dict[str, Any] = {"seed": cfg.seed}
+    task, template = build_task(cfg, for_task), build_template(cfg)
+    node = {**plain(cfg.data), **given}
+    if str(node.get("_target_", "")).endswith(".TraceData"):
+        if task is None or template is None:
+            raise ConfigError("data=traces needs a task and a template; choose them, such as task=sum5 template=plain")
+        late |= {"task": task, "template": template}
+    elif task is not None:
+        raise ConfigError(f"task is {task.name}, which data=traces poses; these data are {node.get('_target_')}")
+    return expect_kind(make(node, "data", **late), "data", (AbstractClassData, TraceData))
+
+
+def build_task(cfg: DictConfig, overrides: Mapping[str, Any] | None = None) -> AbstractTask | None:
+    """The task of a config, with some of its keys replaced; None where its `_target_` is null."""
+    node = {**plain(cfg.get("task")), **(overrides or {})}
+    return expect_kind(make(node, "task"), "task", AbstractTask) if node.get("_target_") else None
+
+
+def build_template(cfg: DictConfig) -> Any:
+    """The template of a config, or the factory of one that needs the tokenizer; None where its `_target_` is null."""
+    node = plain(cfg.get("template"))
+    return make(node, "template") if node.get("_target_") else None
 
 
 def build_teacher(cfg: DictConfig, key: str, facts: Mapping[str, Any]) -> AbstractTeacher | None:
@@ -164,10 +195,11 @@ def check_keys(target: str, key: str, given: Iterable[str]) -> None:
     check_names(locate_target(target, key, ALLOWED_PREFIXES), target, key, given)
 
 
-def expect_kind(made: Any, key: str, kind: type) -> Any:
+def expect_kind(made: Any, key: str, kind: type | tuple[type, ...]) -> Any:
     """`made`, which came of the node `key`, where it is of that kind; else ConfigError."""
     if not isinstance(made, kind):
-        raise ConfigError(f"{key}._target_ gives a {type(made).__name__}; expected a {kind.__name__}")
+        names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ConfigError(f"{key}._target_ gives a {type(made).__name__}; expected a {names}")
     return made
 
 

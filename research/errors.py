@@ -13,6 +13,10 @@ class CacheError(ValueError):
     """A signal cache that was not made for this teacher, these data or this view."""
 
 
+class StoreError(ValueError):
+    """A trace store that was begun with other settings, is held by another writer, or is not as it was written."""
+
+
 class NonFiniteLoss(RuntimeError):
     """The loss stopped being finite; the message holds the step and the batch's indices."""
 

@@ -18,6 +18,8 @@ from research.errors import ConfigError
 
 SPLITS = ("train", "val", "test")
 WEIGHTS = ("last", "best")
+SOURCES = ("teacher", "reference", "file")
+MODEL_FORMATS = ("llama2c",)
 _NAME = re.compile(r"[\w.+-]+")
 
 
@@ -34,6 +36,10 @@ class EvaluationConfig:
     variants      name -> overrides of `data`; scores its test split again under the prefix test_<name>
     bias_classes  classes whose logits get one shared offset, fitted on held-out training rows (claims C08, C09)
     weights       last (the final step) or best (by `monitor` on the validation split)
+
+    Of text: problems are answered greedily and, with num_samples > 0, so often again by sampling.
+    sampling_temperature, top_p   of those samples
+    max_new_tokens                length limit of an answer; null: the data's max_tokens
     """
 
     splits: list[str] = field(default_factory=lambda: ["test"])
@@ -41,6 +47,10 @@ class EvaluationConfig:
     bias_classes: list[int] = field(default_factory=list)
     weights: str = "last"
     batch_size: int = 2000
+    num_samples: int = 0
+    sampling_temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int | None = None
 
 
 @dataclass
@@ -50,6 +60,8 @@ class TrainConfig:
     name: str = "train"
     seed: int = 0
     data: Any = MISSING
+    task: Any = MISSING
+    template: Any = MISSING
     student: Any = MISSING
     teacher: Any = MISSING
     reference: Any = MISSING
@@ -87,15 +99,93 @@ class CacheConfig:
 
 
 @dataclass
+class SamplingConfig:
+    """How a student of text is sampled beside its greedy answers; see `EvaluationConfig`."""
+
+    num_samples: int = 0
+    sampling_temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int | None = None
+
+
+@dataclass
+class ProblemsConfig:
+    """What `distill traces` poses, and how its teacher writes.
+
+    split, num_problems, problem_seed   as in `task.problems`; num_problems null: all that the task has
+    num_evaluation   validation and test problems that the filter `contamination` compares with; null: all
+    trace_format     how the teacher lays its replies out; null: as its run folder says, else chain_then_answer
+    tokenizer        characters, a folder or a hub id; null: the one in the teacher's folder, none for a server
+    file             source=file: the JSON lines to read; a row longer than max_characters is set aside
+    """
+
+    split: str = "train"
+    num_problems: int | None = 1000
+    problem_seed: int = 0
+    num_evaluation: int | None = None
+    trace_format: str | None = None
+    tokenizer: str | None = None
+    file: str | None = None
+    max_characters: int = 1_000_000
+    allow_empty_chain: bool = False
+
+
+@dataclass
+class WriterConfig:
+    """The language model that writes: a run folder of `distill train`, or a Hugging Face folder."""
+
+    path: str | None = None
+    dtype: str = "float32"
+
+
+@dataclass
+class TracesConfig:
+    """`distill traces`. `store` null: inside the run's folder. `corruption`: error channel -> share of the traces."""
+
+    name: str = "traces"
+    seed: int = 0
+    source: str = "teacher"
+    task: Any = MISSING
+    template: Any = MISSING
+    teacher: WriterConfig = field(default_factory=WriterConfig)
+    generator: Any = MISSING
+    data: ProblemsConfig = field(default_factory=ProblemsConfig)
+    sampling: SamplingConfig = field(
+        default_factory=lambda: SamplingConfig(num_samples=1, sampling_temperature=1.0, max_new_tokens=256)
+    )
+    filters: list[Any] = field(default_factory=list)
+    corruption: dict[str, float] = field(default_factory=dict)
+    store: str | None = None
+    keep_dropped: bool = True
+    block_problems: int = 256
+    explorer: bool = True
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    threads: int | None = None
+
+
+@dataclass
 class EvaluateConfig:
     """`distill evaluate run=FOLDER`. `data` overrides keys of the run's own data config."""
 
     name: str = "evaluate"
+    seed: int = 0
     run: str | None = None
     split: str = "test"
     data: dict[str, Any] = field(default_factory=dict)
     reference: str | None = None
     batch_size: int = 2000
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class ConvertConfig:
+    """`distill convert`. `output` null: the folder `model` inside the run's folder."""
+
+    name: str = "convert"
+    source: str | None = None
+    format: str = "llama2c"
+    output: str | None = None
     paths: PathsConfig = field(default_factory=PathsConfig)
 
 
@@ -125,7 +215,9 @@ class ReportConfig:
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "cache": CacheConfig,
+    "traces": TracesConfig,
     "evaluate": EvaluateConfig,
+    "convert": ConvertConfig,
     "study": StudyConfig,
     "report": ReportConfig,
 }
@@ -152,7 +244,12 @@ def check_root(cfg: DictConfig, command: str) -> None:
         _check_evaluation(cfg.evaluation)
     if command in ("cache", "evaluate"):
         expect_one_of("split", cfg.split, SPLITS)
-    for key in ("batch_size", "threads", "shard_rows"):
+    if command == "convert":
+        expect_one_of("format", cfg.format, MODEL_FORMATS)
+    if command == "traces":
+        expect_one_of("source", cfg.source, SOURCES)
+        expect_one_of("data.split", cfg.data.split, SPLITS)
+    for key in ("batch_size", "threads", "shard_rows", "block_problems"):
         _expect_positive(key, cfg.get(key))
 
 

@@ -4,11 +4,11 @@
   distill evaluate run=RUN split=val
   distill evaluate run=RUN reference=outputs/mnist_teacher/RUN      agreement and KL against another network
   distill evaluate run=RUN +data.test_shift_pixels=2                the same images, moved
+  distill evaluate run=RUN sampling.num_samples=16 sampling.sampling_temperature=0.8      text: pass@k and votes
+  distill evaluate run=RUN +data.task.num_terms=8                   text: longer problems than it was trained on
 
 The scores are printed and written beside the record, into `evaluation_<split>.json`.
 """
-
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -24,8 +24,9 @@ def task(cfg: DictConfig) -> float:
     from omegaconf import OmegaConf
 
     from research.config import build_data, plain
+    from research.data.traces import TraceData
     from research.errors import ConfigError
-    from research.evaluation.evaluate import evaluate
+    from research.loops.scoring import Scores, class_scores, score_text
     from research.results.record import read_record
     from research.teachers.load import frozen, load_network
 
@@ -39,30 +40,26 @@ def task(cfg: DictConfig) -> float:
         raise ConfigError(f"the run {folder} is {record.status} ({record.reason}); only a completed run has a student")
     moved = plain(cfg.data)
     data = build_data(OmegaConf.create(record.config), moved)
-    facts: dict[str, Any] = {"input_shape": tuple(data.input_shape), "num_classes": data.num_classes}
-    student = load_network(folder, **facts).network
-    teacher = frozen(cfg.reference, **facts) if cfg.reference else None
-    result = evaluate(
-        student,
-        data.loader(cfg.split, batch_size=cfg.batch_size),
-        split=cfg.split,
-        num_classes=data.num_classes,
-        teacher=teacher,
-        temperature=float(record.config["method"].get("temperature") or 1.0),
-    )
+    student = load_network(folder, **data.facts()).network
     changes = "".join(f"_{key}={value}" for key, value in sorted(moved.items()) if key != "data_dir")
     changes = re.sub(r"[^\w.=,-]+", "-", changes)  # other data, another file
+    if isinstance(data, TraceData):
+        if cfg.reference:
+            raise ConfigError("reference compares classes; what a student writes is graded by its task: leave it out")
+        options = {**plain(cfg.sampling), "splits": [cfg.split]}
+        scores: Scores = score_text(student, data, {}, options, folder / f"evaluation_{cfg.split}{changes}", cfg.seed)
+    else:
+        teacher = frozen(cfg.reference, **data.facts()) if cfg.reference else None
+        temperature = float(record.config["method"].get("temperature") or 1.0)
+        scores = class_scores(student, data, cfg.split, cfg.batch_size, teacher, temperature)
     path = folder / f"evaluation_{cfg.split}{changes}.json"
-    told = {
-        "run": record.config_hash,
-        "data": moved,
-        "metrics": result.metrics,
-        "omitted": result.omitted,
-    }
+    told = {"run": record.config_hash, "data": moved, "metrics": scores.metrics, "omitted": scores.omitted}
+    if isinstance(data, TraceData):
+        told["sampling"] = plain(cfg.sampling)
     path.write_text(json.dumps(told, indent=1) + "\n")
-    for name, value in result.metrics.items():
+    for name, value in scores.metrics.items():
         print(f"{name:40s} {value:.6g}")
-    for name, reason in result.omitted.items():
+    for name, reason in scores.omitted.items():
         print(f"{name:40s} omitted: {reason}")
     print(f"written: {path}")
-    return result.metrics[f"{cfg.split}/errors"]
+    return scores.metrics[f"{cfg.split}/errors"]

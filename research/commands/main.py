@@ -11,8 +11,8 @@ from types import ModuleType
 from research.commands.application import USAGE_ERROR, fail, run_application
 from research.sweeps.grammar import quoted
 
-COMMANDS = ("train", "cache", "evaluate", "study", "report")
-POSITIONAL = {"study": "folder", "report": "folder", "evaluate": "run"}
+COMMANDS = ("train", "cache", "traces", "evaluate", "convert", "study", "report")
+POSITIONAL = {"study": "folder", "report": "folder", "evaluate": "run", "convert": "source"}
 
 
 def main() -> None:

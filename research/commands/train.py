@@ -14,10 +14,13 @@ The folder outputs/NAME/TIME holds the composed config, the log, checkpoints, th
 from omegaconf import DictConfig
 
 GROUPS = (
-    "data", "model@student", "teacher", "teacher@reference", "signal_transform", "method", "optimizer", "scheduler",
-    "trainer", "logger", "experiment", "debug",
+    "data", "task", "template", "model@student", "teacher", "teacher@reference", "signal_transform", "method",
+    "optimizer", "scheduler", "trainer", "logger", "experiment", "debug",
 )  # fmt: skip
-SHOWN = ("errors", "accuracy", "nll", "ece", "agreement_at_1", "kl_teacher_student")
+SHOWN = (
+    "errors", "accuracy", "nll", "ece", "agreement_at_1", "kl_teacher_student", "process_valid_pass_at_1", "truncated",
+    "sampled_pass_at_1",
+)  # fmt: skip
 
 
 def task(cfg: DictConfig) -> float | None:

@@ -122,6 +122,15 @@ class AbstractClassData(L.LightningDataModule, ABC):
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one row's input."""
 
+    @property
+    def has_val(self) -> bool:
+        """Whether anything is held out for validation."""
+        return self.selection.holdout > 0
+
+    def facts(self) -> dict[str, Any]:
+        """What a network must fit: the shape of an input and the number of classes."""
+        return {"input_shape": tuple(self.input_shape), "num_classes": self.num_classes}
+
     @abstractmethod
     def load(self) -> Mapping[str, SplitTensors]:
         """The official splits ``{"train": ..., "test": ...}``, the same on every call. Raises :class:`DataError`."""

@@ -1,7 +1,8 @@
-"""The loader: micro-batches cut from tensors that already lie on the device, in an order that resumes exactly."""
+"""The loaders: micro-batches cut from rows that lie in memory, in an order that resumes exactly."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,16 +12,16 @@ from research.records import ClassBatch
 from research.seeding import rng_for
 
 Place = tuple[int, int]  # (epoch, micro-batches of that epoch already done)
+BatchT = TypeVar("BatchT")
+Cut = tuple[int, int, int, int]  # [first, last) of a micro-batch, then [first, last) of its step, in the epoch's order
 
 
-class TensorLoader:
-    """An iterable of ``ClassBatch`` over in-memory tensors; no dataset, no workers, no Python work per row.
+class StepLoader(ABC, Generic[BatchT]):
+    """The schedule that all loaders share: which rows make up which optimizer step, on which rank.
 
-    inputs        [N, ...] float; label_N [N] int64; index_N [N] int64 stable ids; all on one device
     batch_size    rows per *optimizer step*, over all ranks and micro-batches
     micro_batches micro-batches per step and rank (the trainer's ``accumulate_grad_batches``)
     shuffle       True: epoch ``e`` runs in the permutation ``rng_for(seed, "order", e)``; False: in row order
-    view          augmentation, with the randomness of ``rng_for(seed, "view", e)``, one draw per row
     where         says where an outer loop stands, as (epoch, micro-batches done); without it the loader counts itself
 
     The rows of a step do not depend on ``rank``, ``world_size`` or ``micro_batches``: each step is a run of
@@ -32,15 +33,13 @@ class TensorLoader:
     new epoch each time after. The place is read when the first batch is asked for, not at ``iter()``: Lightning makes
     the iterator before it has settled its counters.
 
-    Raises ValueError on arguments that fit no schedule: empty or ragged tensors, ``batch_size`` or rows below
-    ``micro_batches * world_size``, a rank outside the world.
+    Raises ValueError on arguments that fit no schedule: ``batch_size`` or rows below ``micro_batches * world_size``, a
+    rank outside the world.
     """
 
     def __init__(
         self,
-        inputs: Tensor,
-        label_N: Tensor,
-        index_N: Tensor,
+        num_rows: int,
         *,
         batch_size: int,
         micro_batches: int = 1,
@@ -48,13 +47,12 @@ class TensorLoader:
         world_size: int = 1,
         seed: int = 0,
         shuffle: bool = False,
-        view: View | None = None,
         where: Callable[[], Place] | None = None,
     ) -> None:
-        self._inputs, self._label_N, self._index_N = inputs, label_N, index_N
+        self.num_rows = num_rows  # per epoch, over all ranks
         self.batch_size, self.micro_batches = batch_size, micro_batches
         self.rank, self.world_size = rank, world_size
-        self.seed, self.shuffle, self.view = seed, shuffle, view
+        self.seed, self.shuffle = seed, shuffle
         self._where = where
         self._check()
         self._parts = micro_batches * world_size
@@ -62,10 +60,9 @@ class TensorLoader:
         self._next_start: Place = (0, 0)
         self._place: Place = (0, 0)
 
-    @property
-    def num_rows(self) -> int:
-        """Rows per epoch over all ranks."""
-        return int(self._label_N.shape[0])
+    @abstractmethod
+    def _rows_of_epoch(self, epoch: int) -> Callable[[Cut], BatchT]:
+        """A function from a cut of the epoch's order to the micro-batch of those places."""
 
     @property
     def num_steps(self) -> int:
@@ -82,13 +79,13 @@ class TensorLoader:
             return torch.arange(self.num_rows)
         return torch.randperm(self.num_rows, generator=rng_for(self.seed, "order", epoch))
 
-    def __iter__(self) -> Iterator[ClassBatch]:
+    def __iter__(self) -> Iterator[BatchT]:
         # A generator: nothing below runs before the first batch is asked for.
         epoch, done = self._where() if self._where is not None else self._next_start
         self._next_start = (epoch + 1, 0)
         rows_of_epoch = self._rows_of_epoch(epoch)
         for micro_batch in range(done, len(self)):
-            batch = rows_of_epoch(*self._cut(micro_batch))
+            batch = rows_of_epoch(self._cut(micro_batch))
             self._place = (epoch, micro_batch + 1)
             yield batch
 
@@ -124,37 +121,16 @@ class TensorLoader:
             "world_size": self.world_size,
         }
 
-    def _cut(self, micro_batch: int) -> tuple[int, int, int]:
-        """First and last row (exclusive) of this rank's ``micro_batch`` in the epoch's order; rows of its step."""
+    def _cut(self, micro_batch: int) -> Cut:
+        """This rank's ``micro_batch`` in the epoch's order, and its step."""
         step, within = divmod(micro_batch, self.micro_batches)
         first, last = self._step_bounds[step]
         rows, part = last - first, within * self.world_size + self.rank
-        return first + rows * part // self._parts, first + rows * (part + 1) // self._parts, rows
-
-    def _rows_of_epoch(self, epoch: int) -> Callable[[int, int, int], ClassBatch]:
-        """A function from (first, last, step_rows) to the batch of those places in the epoch's order."""
-        device = self._inputs.device
-        order_N = self.order(epoch).to(device) if self.shuffle else None
-        label_N = self._label_N if order_N is None else self._label_N[order_N]
-        index_N = self._index_N if order_N is None else self._index_N[order_N]
-        draw_N = None
-        if self.view is not None:
-            draw_N = self.view.draw(self.num_rows, rng_for(self.seed, "view", epoch)).to(device)
-            draw_N = draw_N if order_N is None else draw_N[order_N]
-
-        def rows(first: int, last: int, step_rows: int) -> ClassBatch:
-            taken = slice(first, last)
-            inputs = self._inputs[taken] if order_N is None else self._inputs.index_select(0, order_N[taken])
-            if self.view is not None and draw_N is not None:
-                inputs = self.view.apply(inputs, draw_N[taken])
-            return ClassBatch(inputs, label_N[taken], index_N[taken], step_rows)
-
-        return rows
+        return first + rows * part // self._parts, first + rows * (part + 1) // self._parts, first, last
 
     def _check(self) -> None:
-        lengths = {"inputs": len(self._inputs), "label_N": len(self._label_N), "index_N": len(self._index_N)}
-        if len(set(lengths.values())) != 1 or 0 in lengths.values():
-            raise ValueError(f"tensors of {lengths} rows: all three must have the same number of rows, at least 1")
+        if self.num_rows < 1:
+            raise ValueError(f"a loader over {self.num_rows} rows: give at least 1")
         if self.micro_batches < 1 or self.world_size < 1 or not 0 <= self.rank < self.world_size:
             raise ValueError(
                 f"micro_batches={self.micro_batches}, rank={self.rank}, world_size={self.world_size}: give"
@@ -167,6 +143,44 @@ class TensorLoader:
                     f"{name} is {rows}, but each optimizer step is cut into {parts} parts ({self.micro_batches}"
                     f" micro-batches on each of {self.world_size} ranks): give at least {parts}, or cut less"
                 )
+
+
+class TensorLoader(StepLoader[ClassBatch]):
+    """An iterable of ``ClassBatch`` over in-memory tensors; no dataset, no workers, no Python work per row.
+
+    inputs   [N, ...] float; label_N [N] int64; index_N [N] int64 stable ids; all on one device
+    view     augmentation, with the randomness of ``rng_for(seed, "view", e)`` in epoch ``e``, one draw per row
+    The other arguments are those of :class:`StepLoader`. Raises ValueError on empty or ragged tensors.
+    """
+
+    def __init__(
+        self, inputs: Tensor, label_N: Tensor, index_N: Tensor, *, view: View | None = None, **schedule: Any
+    ) -> None:
+        lengths = {"inputs": len(inputs), "label_N": len(label_N), "index_N": len(index_N)}
+        if len(set(lengths.values())) != 1 or 0 in lengths.values():
+            raise ValueError(f"tensors of {lengths} rows: all three must have the same number of rows, at least 1")
+        self._inputs, self._label_N, self._index_N, self.view = inputs, label_N, index_N, view
+        super().__init__(len(label_N), **schedule)
+
+    def _rows_of_epoch(self, epoch: int) -> Callable[[Cut], ClassBatch]:
+        device = self._inputs.device
+        order_N = self.order(epoch).to(device) if self.shuffle else None
+        label_N = self._label_N if order_N is None else self._label_N[order_N]
+        index_N = self._index_N if order_N is None else self._index_N[order_N]
+        draw_N = None
+        if self.view is not None:
+            draw_N = self.view.draw(self.num_rows, rng_for(self.seed, "view", epoch)).to(device)
+            draw_N = draw_N if order_N is None else draw_N[order_N]
+
+        def rows(cut: Cut) -> ClassBatch:
+            first, last, step_first, step_last = cut
+            taken = slice(first, last)
+            inputs = self._inputs[taken] if order_N is None else self._inputs.index_select(0, order_N[taken])
+            if self.view is not None and draw_N is not None:
+                inputs = self.view.apply(inputs, draw_N[taken])
+            return ClassBatch(inputs, label_N[taken], index_N[taken], step_last - step_first)
+
+        return rows
 
 
 def _step_bounds(num_rows: int, batch_size: int, parts: int) -> list[tuple[int, int]]:

@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from research.data.base import AbstractClassData
 from research.errors import CheckpointError, NonFiniteLoss, Preempted
 from research.methods.base import AbstractMethod
 from research.models.weights import is_finite
@@ -145,7 +144,7 @@ def checkpoint_callbacks(folder: Path, monitor: str, has_val: bool) -> list[Call
 def fit(
     trainer: L.Trainer,
     method: AbstractMethod,
-    data: AbstractClassData,
+    data: L.LightningDataModule,
     interrupt: StopOnInterrupt,
     ckpt_path: str | None,
 ) -> FitOutcome:

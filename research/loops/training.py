@@ -12,10 +12,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from research.data.base import AbstractClassData
+from research.data.traces import TraceData
 from research.errors import ConfigError, Preempted
-from research.evaluation.bias import evaluate_with_bias
-from research.evaluation.evaluate import Evaluation, evaluate
 from research.loops.fit import (
     BEST,
     CHECKPOINTS,
@@ -26,10 +24,9 @@ from research.loops.fit import (
     resume_path,
     stopped_by_signals,
 )
+from research.loops.scoring import DataModule, Scores, score_classes, score_text
 from research.methods.base import AbstractMethod
-from research.models.flops import flops_per_row
-from research.models.weights import count_parameters, save_network, weights_sha256
-from research.results.items import write_items
+from research.models.weights import count_parameters, save_network, save_tokenizer, weights_sha256, write_model_card
 from research.results.record import RunRecord, collect_versions, git_revision, hardware, write_record
 from research.seeding import seed_for
 from research.teachers.base import AbstractTeacher
@@ -48,11 +45,11 @@ class TrainingRun:
     """
 
     run_dir: Path
-    data: AbstractClassData
+    data: DataModule
     method: AbstractMethod
     architecture: dict[str, Any]
     reference: AbstractTeacher | None
-    variants: Mapping[str, AbstractClassData]
+    variants: Mapping[str, DataModule]
     config: dict[str, Any]
     command: str
     overrides: list[str]
@@ -69,14 +66,16 @@ class TrainingRun:
         options = self.config["trainer"]
         if options.get("fast_dev_run"):
             return [interrupt]
-        has_val = self.data.selection.holdout > 0 and options.get("limit_val_batches") != 0
+        has_val = self.data.has_val and options.get("limit_val_batches") != 0
         monitor, known = self.config["monitor"], self.method.validation_metrics
         if has_val and monitor not in known:
             raise ConfigError(
                 f"monitor is {monitor!r}; on the validation split this method measures {', '.join(known)}"
             )
         if not has_val and self.config["evaluation"]["weights"] == "best":
-            raise ConfigError("evaluation.weights=best selects on a validation split; there is none (data.holdout=0)")
+            raise ConfigError(
+                "evaluation.weights=best selects on a validation split; there is none (data.holdout=0 or num_val=0)"
+            )
         return [*checkpoint_callbacks(self.run_dir / CHECKPOINTS, monitor, has_val), interrupt]
 
     def run(self, trainer: L.Trainer, interrupt: StopOnInterrupt) -> RunRecord:
@@ -110,14 +109,20 @@ class TrainingRun:
         """What follows a completed fit: the student's folder, its metrics, the record."""
         _leave_other_ranks(trainer)
         self._take_weights()
-        student_sha256 = save_network(self.run_dir / NETWORK_FOLDER, self.method.student, self.architecture)
-        metrics, artifacts = self._evaluate(trainer.strategy.root_device)
+        folder = self.run_dir / NETWORK_FOLDER
+        student_sha256 = save_network(folder, self.method.student, self.architecture)
+        if isinstance(self.data, TraceData):
+            save_tokenizer(folder, self.data.codec.tokenizer)
+        scores = self._score(trainer.strategy.root_device)
+        metrics, artifacts = scores.metrics, {"student": NETWORK_FOLDER, **scores.artifacts}
         metrics |= {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         for callback in trainer.checkpoint_callbacks:
             monitor, score = getattr(callback, "monitor", None), getattr(callback, "best_model_score", None)
             if monitor is not None and score is not None:
                 metrics[f"{monitor}_best"] = float(score)
         record = self._write(outcome, metrics, artifacts, student_sha256)
+        if isinstance(self.data, TraceData):
+            write_model_card(folder, asdict(record))
         if not self.config["keep_checkpoints"]:
             shutil.rmtree(self.run_dir / CHECKPOINTS, ignore_errors=True)
         return record
@@ -129,30 +134,16 @@ class TrainingRun:
             state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
             self.method.load_state_dict(state)
 
-    def _evaluate(self, device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
+    def _score(self, device: torch.device) -> Scores:
+        """Every split and variant that the config asks for, with the final weights."""
         options, student = self.config["evaluation"], self.method.student.to(device)
+        if isinstance(self.data, TraceData):
+            return score_text(student, self.data, self.variants, options, self.run_dir, self.config["seed"])
         reference = self.reference or self._live_teacher()
         if reference is not None:
             reference.to(device)
         temperature = float(getattr(self.method, "temperature", 1.0))
-        metrics: dict[str, float] = {}
-        artifacts: dict[str, str] = {"student": NETWORK_FOLDER}
-        scored = [(split, self.data, split) for split in options["splits"]]
-        scored += [(f"test_{name}", data, "test") for name, data in self.variants.items()]
-        for name, data, split in scored:
-            result = evaluate(
-                student,
-                data.loader(split, batch_size=options["batch_size"]),
-                split=name,
-                num_classes=data.num_classes,
-                teacher=reference,
-                temperature=temperature,
-            )
-            metrics |= result.metrics
-            artifacts[f"items/{name}"] = self._write_items(name, result)
-        if options["bias_classes"]:
-            metrics |= evaluate_with_bias(student, self.data, reference, options["bias_classes"], options["batch_size"])
-        return metrics, artifacts
+        return score_classes(student, self.data, self.variants, options, self.run_dir, reference, temperature)
 
     def _live_teacher(self) -> AbstractTeacher | None:
         """The method's teacher where it can score any row, and is not a control made from one."""
@@ -160,11 +151,6 @@ class TrainingRun:
         if teacher is None or teacher.identity.kind not in ("frozen", "ensemble"):
             return None
         return None if "transform" in teacher.identity.details else teacher
-
-    def _write_items(self, name: str, result: Evaluation) -> str:
-        path = self.run_dir / f"items_{name}.parquet"
-        write_items(path, result.items)
-        return path.name
 
     # -- the record ---------------------------------------------------------------------------------------------------
 
@@ -204,7 +190,7 @@ class TrainingRun:
         return record
 
     def _ledger(self, outcome: FitOutcome) -> dict[str, dict[str, float | None]]:
-        """FLOPs by torch's counter, tokens (here rows) and seconds of every part, over all fits of a resumed run.
+        """FLOPs by torch's counter, tokens (rows of what has none) and seconds, over all fits of a resumed run.
 
         The teacher's training is amortised by the reader, so it stands here whole, and None where no record says what
         it cost.
@@ -213,8 +199,8 @@ class TrainingRun:
         nothing: dict[str, float | None] = {"flops": 0.0, "tokens": 0.0, "seconds": 0.0}
         ledger: dict[str, dict[str, float | None]] = {
             "student_update": {
-                "flops": flops_per_row(method.student, self.data.input_shape, backward=True) * method.rows_seen,
-                "tokens": float(method.rows_seen),
+                "flops": method.update_flops,
+                "tokens": float(method.tokens_seen),
                 "seconds": method.earlier_seconds + outcome.seconds - method.teacher_seconds,
             },
             "rollout": nothing,
@@ -223,7 +209,7 @@ class TrainingRun:
         }
         if teacher is not None and method.teacher_rows:
             ledger["teacher_scoring"] = {
-                "flops": teacher.flops_per_row() * method.teacher_rows + teacher.spent_flops(),
+                "flops": method.teacher_flops + teacher.spent_flops(),
                 "tokens": float(method.teacher_rows),
                 "seconds": method.teacher_seconds,
             }

@@ -25,6 +25,20 @@ def masked_sum(per_position_N: Tensor, loss_mask_N: Tensor | None = None) -> Los
     return LossSum(kept_N.sum(), loss_mask_N.sum())
 
 
+def weighted_sum(per_position_N: Tensor, weight_N: Tensor) -> LossSum:
+    """``sum(weight * loss)`` over the places whose weight is above 0, and the sum of their weights.
+
+    ``weight_N`` has the shape of ``per_position_N`` and no negative entries; places of weight 0 add exactly 0 whatever
+    they hold, NaN included. The count is a float: with weights of 0 and 1 it is the number of trained places.
+    Raises ValueError or TypeError on weights of another shape or dtype.
+    """
+    if not weight_N.is_floating_point():
+        raise TypeError(f"loss weights have dtype {weight_N.dtype}: expected a floating-point type")
+    weight_N = weight_N.to(per_position_N.dtype)
+    kept = masked_sum(per_position_N * weight_N, weight_N > 0)
+    return LossSum(kept.total, weight_N.sum())
+
+
 def fill_masked_rows(rows_NV: Tensor, loss_mask_N: Tensor | None, value: float = 0.0) -> Tensor:
     """``rows_NV`` with every row outside the mask set to ``value``; those rows receive gradient exactly 0.
 

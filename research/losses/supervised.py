@@ -4,19 +4,24 @@ import torch
 from torch import Tensor
 
 from research.losses.logprobs import tempered_logprobs, working_dtype
-from research.losses.reduce import fill_masked_rows, masked_sum
+from research.losses.reduce import fill_masked_rows, masked_sum, weighted_sum
 from research.records import LossSum
 
 
 def cross_entropy(
-    logits_NV: Tensor, label_N: Tensor, loss_mask_N: Tensor | None = None, label_smoothing: float = 0.0
+    logits_NV: Tensor,
+    label_N: Tensor,
+    loss_mask_N: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    weight_N: Tensor | None = None,
 ) -> LossSum:
     """``-sum_i y_i log softmax(logits)_i`` in nats, summed over trained positions.
 
     ``y`` is the one-hot label mixed with the uniform distribution over all V classes:
     ``(1 - label_smoothing) onehot + label_smoothing / V`` (Szegedy et al. 2016). ``label_N`` holds integers in [0, V);
     where ``loss_mask_N`` is False it may hold any integer and the row any float, and neither adds to loss or gradient.
-    No label value has a meaning of its own: -100 at a trained position is an error. Temperature 1.
+    No label value has a meaning of its own: -100 at a trained position is an error. Temperature 1. ``weight_N`` takes
+    the place of the mask: each position counts by its weight, in the sum and in the count.
 
     Raises ValueError on shapes that disagree, label_smoothing outside [0, 1), and (checked on the CPU only, a check on
     an accelerator would wait for it) a trained label outside [0, V); TypeError on labels that are not integers.
@@ -30,6 +35,10 @@ def cross_entropy(
             f"labels have shape {tuple(label_N.shape)} for logits of shape {tuple(logits_NV.shape)}: expected one "
             f"label for each row, {tuple(logits_NV.shape[:-1])}"
         )
+    if weight_N is not None:
+        if loss_mask_N is not None:
+            raise ValueError("loss_mask and weight were both given: give one; a weight of 0 is a mask")
+        loss_mask_N = weight_N > 0
     logits_NV = fill_masked_rows(logits_NV, loss_mask_N)
     label_N1 = fill_masked_rows(label_N.long().unsqueeze(-1), loss_mask_N, 0)
     _check_labels(label_N1, logits_NV.shape[-1])
@@ -37,7 +46,7 @@ def cross_entropy(
     loss_N = -logprobs_NV.gather(-1, label_N1).squeeze(-1)
     if label_smoothing > 0:
         loss_N = (1 - label_smoothing) * loss_N - label_smoothing * logprobs_NV.mean(dim=-1)
-    return masked_sum(loss_N, loss_mask_N)
+    return masked_sum(loss_N, loss_mask_N) if weight_N is None else weighted_sum(loss_N, weight_N)
 
 
 def _check_labels(label_N1: Tensor, num_classes: int) -> None:

@@ -1,8 +1,8 @@
 """The one place where a loss meets an optimizer.
 
 A method says which loss components a batch has (`components`); this module takes their means, weighs, adds and logs
-them, and gives the optimizer. The mean of a component runs over the rows of the whole optimizer step, so that
-accumulation, ragged micro-batches and data parallelism all give the gradient of one large batch.
+them, and gives the optimizer. The mean of a component runs over what it counts in the whole optimizer step, so that
+accumulation, packing, ragged micro-batches and data parallelism all give the gradient of one large batch.
 """
 
 import inspect
@@ -22,8 +22,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from research.data.resume import rewind_to_last_step
 from research.errors import CheckpointError, ConfigError, NonFiniteLoss
+from research.models.flops import flops_per_row_of
 from research.models.weights import check_state, is_finite
-from research.records import ClassBatch, LossSum, TeacherSignal
+from research.records import Batch, LossSum, TeacherSignal, TokenBatch
 from research.teachers.base import AbstractTeacher
 
 OptimizerFactory = Callable[[Any], Optimizer]
@@ -35,11 +36,18 @@ TOTAL_STEPS_NAMES = ("total_steps", "T_max", "total_iters", "num_training_steps"
 
 @dataclass(frozen=True)
 class Component:
-    """One weighted term of a loss: its sum and count, the weight it enters with, and the name it is logged under."""
+    """One weighted term of a loss.
+
+    name        what it is logged under
+    loss        sum and count over one micro-batch
+    weight      what its mean enters the loss with
+    step_count  its count over the whole optimizer step, all micro-batches and ranks: the mean's denominator
+    """
 
     name: str
     loss: LossSum
     weight: float
+    step_count: float
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,10 @@ class AbstractMethod(L.LightningModule, ABC):
     """A LightningModule around one student and, held as a plain object, at most one teacher.
 
     The ledger of what was spent counts whole optimizer steps over all ranks, and goes on after a resume:
-    rows_seen, teacher_rows   rows trained on, and of these the rows for which the teacher was asked
+    rows_seen, teacher_rows   rows (documents) trained on, and of these those for which the teacher was asked
+    tokens_seen               tokens trained on, padding not counted; rows again where a row has no tokens
+    update_flops, teacher_flops   of forward and backward passes of the student, and of the teacher's signals; padding
+                              is paid for; on several devices this rank's own, times their number
     teacher_seconds           wall time spent waiting for the teacher
     earlier_seconds           wall time of the fits before this one, up to the checkpoint that was resumed
     """
@@ -80,14 +91,17 @@ class AbstractMethod(L.LightningModule, ABC):
         self._rng_before_step: RngState | None = None
         self._teacher_was_asked = False
         self._fit_started = time.perf_counter()
-        self.rows_seen = self.teacher_rows = 0
-        self.teacher_seconds = self.earlier_seconds = 0.0
+        self.rows_seen = self.teacher_rows = self.tokens_seen = 0
+        self.update_flops = self.teacher_flops = self.teacher_seconds = self.earlier_seconds = 0.0
+        self._step_flops = self._step_teacher_flops = 0.0
+        self._step_tokens = 0
+        self._flops_of_shape: dict[tuple[int, ...], float] = {}
 
     @property
     def teacher(self) -> AbstractTeacher | None:
         return self._teacher_box[0]
 
-    def teacher_signal(self, batch: ClassBatch) -> TeacherSignal:
+    def teacher_signal(self, batch: Batch) -> TeacherSignal:
         """The teacher's signal for a batch, its wall time added to the ledger."""
         if self.teacher is None:
             raise ConfigError(f"the method {type(self).__name__} has no teacher")
@@ -95,11 +109,12 @@ class AbstractMethod(L.LightningModule, ABC):
         signal = self.teacher.signal(batch)
         self.teacher_seconds += time.perf_counter() - started
         self._teacher_was_asked = True
+        self._step_teacher_flops += self.teacher.flops_of(batch)
         return signal
 
     @abstractmethod
-    def components(self, batch: ClassBatch) -> list[Component]:
-        """The loss components of one micro-batch, before any mean."""
+    def components(self, batch: Any) -> list[Component]:
+        """The loss components of one micro-batch, before any mean; a method says which kind of batch it takes."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.student(inputs)
@@ -114,22 +129,29 @@ class AbstractMethod(L.LightningModule, ABC):
             if stage == "fit":
                 self.teacher.connect(trainer.datamodule)
 
-    def on_train_batch_start(self, batch: ClassBatch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Remember the random numbers at the start of a step: one that is interrupted comes again with the same."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._rng_before_step = _rng_state(self.device)
             self._teacher_was_asked = False
+            self._step_flops, self._step_tokens, self._step_teacher_flops = 0.0, 0, 0.0
 
-    def training_step(self, batch: ClassBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         components = self.components(batch)
-        # Lightning divides by the micro-batches of a step and averages over ranks; both are undone here because the
-        # sum is divided by the rows of the whole step instead.
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.step_rows
-        terms = [component.weight * component.loss.total * scale for component in components if component.weight != 0]
+        # Lightning divides by the micro-batches of a step and averages over ranks; both are undone here because each
+        # sum is divided by the count of the whole step instead.
+        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        terms = [
+            component.weight * component.loss.total * (parts / max(component.step_count, 1e-12))
+            for component in components
+            if component.weight != 0
+        ]
         loss = torch.stack(terms).sum()
         if not bool(torch.isfinite(loss)):
             self._stop_non_finite(components, batch)
         self._step_rows = batch.step_rows
+        self._step_flops += self._update_flops(batch)
+        self._step_tokens += int((batch.segment_BT > 0).sum()) if isinstance(batch, TokenBatch) else len(batch)
         if self._is_logged_step():
             self._log_components("train", components, batch, loss=loss)
         return loss
@@ -144,8 +166,20 @@ class AbstractMethod(L.LightningModule, ABC):
         """Lightning's own, which runs the last micro-batch first; after it the step is whole and is accounted for."""
         super().optimizer_step(*args, **kwargs)
         self._rng_before_step = None
+        ranks = self.trainer.world_size
         self.rows_seen += self._step_rows
+        self.tokens_seen += self._step_tokens * ranks
+        self.update_flops += self._step_flops * ranks
         self.teacher_rows += self._step_rows if self._teacher_was_asked else 0
+        self.teacher_flops += self._step_teacher_flops * ranks
+
+    def _update_flops(self, batch: Batch) -> float:
+        """FLOPs of one micro-batch's forward and backward pass, counted once for each shape of a row."""
+        inputs = batch.network_inputs()
+        shape = tuple(inputs[0].shape[1:])
+        if shape not in self._flops_of_shape:
+            self._flops_of_shape[shape] = flops_per_row_of(self.student, inputs, backward=True)
+        return self._flops_of_shape[shape] * int(inputs[0].shape[0])
 
     def on_train_epoch_end(self) -> None:
         """Before the checkpoint of the epoch: a finite loss can have a gradient that is not."""
@@ -154,7 +188,7 @@ class AbstractMethod(L.LightningModule, ABC):
                 f"the student's weights are not finite after step {self.trainer.global_step}. Lower optimizer.lr"
             )
 
-    def validation_step(self, batch: ClassBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         logits_NV = self.student(batch.inputs)
         wrong = (logits_NV.argmax(dim=-1) != batch.label_B).sum()
         nll = nn.functional.cross_entropy(logits_NV.float(), batch.label_B, reduction="none").mean()
@@ -164,11 +198,11 @@ class AbstractMethod(L.LightningModule, ABC):
         )
         self.log("val/nll", nll, on_step=False, on_epoch=True, sync_dist=True, batch_size=rows)
 
-    def _log_components(self, stage: str, components: list[Component], batch: ClassBatch, loss: Tensor) -> None:
+    def _log_components(self, stage: str, components: list[Component], batch: Batch, loss: Tensor) -> None:
         values = {f"{stage}/{component.name}": component.loss.mean().detach() for component in components}
         self.log_dict({f"{stage}/loss": loss.detach(), **values}, batch_size=len(batch), rank_zero_only=True)
 
-    def _stop_non_finite(self, components: list[Component], batch: ClassBatch) -> None:
+    def _stop_non_finite(self, components: list[Component], batch: Batch) -> None:
         """Stop before the step spoils the weights: they are still those of the last finite step."""
         values = ", ".join(f"{component.name}={float(component.loss.mean().detach()):g}" for component in components)
         indices = batch.index_B[:8].tolist()
@@ -203,7 +237,10 @@ class AbstractMethod(L.LightningModule, ABC):
         checkpoint["architecture"] = json.dumps(self._architecture)
         checkpoint["spent"] = {
             "rows": self.rows_seen,
+            "tokens": self.tokens_seen,
+            "flops": self.update_flops,
             "teacher_rows": self.teacher_rows,
+            "teacher_flops": self.teacher_flops,
             "teacher_seconds": self.teacher_seconds,
             "seconds": self.earlier_seconds + time.perf_counter() - self._fit_started,
         }
@@ -216,6 +253,8 @@ class AbstractMethod(L.LightningModule, ABC):
             raise CheckpointError("the checkpoint holds no random state; it was not written by `distill train`")
         self._resumed_rng, spent = checkpoint["rng"], checkpoint["spent"]
         self.rows_seen, self.teacher_rows = int(spent["rows"]), int(spent.get("teacher_rows", 0))
+        self.tokens_seen, self.update_flops = int(spent.get("tokens", 0)), float(spent.get("flops", 0.0))
+        self.teacher_flops = float(spent.get("teacher_flops", 0.0))
         self.teacher_seconds, self.earlier_seconds = float(spent["teacher_seconds"]), float(spent.get("seconds", 0.0))
 
     def on_train_start(self) -> None:

@@ -59,9 +59,10 @@ class SoftTarget(AbstractMethod):
         parts = []
         if self.soft_weight != 0:
             loss = soft_target(logits_NV, self.teacher_signal(batch), **self._options)
-            parts.append(Component("soft", loss, self.soft_weight))
+            parts.append(Component("soft", loss, self.soft_weight, batch.step_rows))
         if self.hard_weight != 0:
-            parts.append(Component("hard", cross_entropy(logits_NV, batch.label_B), self.hard_weight))
+            hard = cross_entropy(logits_NV, batch.label_B)
+            parts.append(Component("hard", hard, self.hard_weight, batch.step_rows))
         return parts
 
 
@@ -93,9 +94,11 @@ class LogitMatching(AbstractMethod):
             if not isinstance(signal, DenseLogits):
                 kind = type(signal).__name__
                 raise ConfigError(f"method=logit_matching needs every class's logit, the teacher gives {kind}")
-            parts.append(Component("soft", logit_matching(logits_NV, signal.logits_NV), self.soft_weight))
+            soft = logit_matching(logits_NV, signal.logits_NV)
+            parts.append(Component("soft", soft, self.soft_weight, batch.step_rows))
         if self.hard_weight != 0:
-            parts.append(Component("hard", cross_entropy(logits_NV, batch.label_B), self.hard_weight))
+            hard = cross_entropy(logits_NV, batch.label_B)
+            parts.append(Component("hard", hard, self.hard_weight, batch.step_rows))
         return parts
 
 

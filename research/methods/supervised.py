@@ -24,4 +24,4 @@ class Supervised(AbstractMethod):
 
     def components(self, batch: ClassBatch) -> list[Component]:
         loss = cross_entropy(self.student(batch.inputs), batch.label_B, label_smoothing=self.label_smoothing)
-        return [Component("hard", loss, 1.0)]
+        return [Component("hard", loss, 1.0, batch.step_rows)]

@@ -1,24 +1,50 @@
-"""FLOPs of one row, by torch's own counter on tensors without storage: no time, no memory, no random numbers."""
+"""FLOPs of a network, by torch's own counter on tensors without storage: no time, no memory, no random numbers.
+
+A multiply-add counts two; biases, activations, normalisation and losses count nothing. Attention counts the whole
+square of scores, as the products do, whatever the mask hides.
+"""
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+COUNTED_ROWS = 2  # batch normalisation is content with two
 
 
 def flops_per_row(module: nn.Module, input_shape: Sequence[int], *, backward: bool) -> float:
-    """FLOPs (a multiply-add counts two) of one row's forward pass, with its backward pass where asked.
+    """FLOPs of one row's forward pass, with its backward pass where asked."""
+    inputs = torch.empty(COUNTED_ROWS, *input_shape, device="meta")
+    return flops_of_inputs(module, (inputs,), backward=backward) / COUNTED_ROWS
 
-    Counted on a copy on the meta device over two rows, so that batch normalisation is content, and halved.
+
+def flops_per_row_of(module: nn.Module, inputs: Sequence[Tensor], *, backward: bool) -> float:
+    """FLOPs of one row of a batch, called as `module(*inputs)`; of the inputs only shapes and dtypes are read.
+
+    The same for every batch whose rows have these shapes, so that a caller counts each length of text once. Padding
+    is paid for.
     """
-    shadow = copy.deepcopy(module).to("meta")
-    rows = 2
-    inputs = torch.empty(rows, *input_shape, device="meta")
+    rows = tuple(torch.empty(COUNTED_ROWS, *t.shape[1:], dtype=t.dtype, device="meta") for t in inputs)
+    return flops_of_inputs(module, rows, backward=backward) / COUNTED_ROWS
+
+
+def flops_of_inputs(module: nn.Module, inputs: tuple[Tensor, ...], *, backward: bool) -> float:
+    """FLOPs of `module(*inputs)` on a copy on the meta device; of the inputs only shapes and dtypes are read."""
+    shadow = _without_storage(module)
     counter = FlopCounterMode(display=False)
     with torch.enable_grad() if backward else torch.no_grad(), counter:
-        logits = shadow(inputs)
+        logits = shadow(*(tensor.to("meta") for tensor in inputs))
         if backward:
             logits.sum().backward()
-    return counter.get_total_flops() / rows
+    return counter.get_total_flops()
+
+
+def _without_storage(module: nn.Module) -> nn.Module:
+    """A copy whose tensors are all on the meta device; nothing is ever copied."""
+    known: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in module.buffers()}
+    for parameter in module.parameters():
+        known[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    return copy.deepcopy(module, known)

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from research.config import Parts, build, build_data, build_logger, build_teacher, build_trainer, plain
 from research.data.base import AbstractClassData
+from research.data.traces import TraceData
 from research.errors import ConfigError, Preempted
 from research.loops.fit import ReportProgress, StopOnInterrupt, profiler_into
 from research.loops.training import TrainingRun
@@ -91,7 +92,9 @@ def cache_job(cfg: DictConfig, *, show_progress: bool = False) -> Path:
     _prepare(cfg)
     data = build_data(cfg)
     data.setup()
-    teacher = build_teacher(cfg, "teacher", {"input_shape": tuple(data.input_shape), "num_classes": data.num_classes})
+    if isinstance(data, TraceData):
+        raise ConfigError("distill cache scores classification data; a teacher of text is asked live: teacher=frozen")
+    teacher = build_teacher(cfg, "teacher", data.facts())
     if teacher is None:
         raise ConfigError("distill cache needs a teacher; give teacher=frozen teacher.path=FOLDER")
     folder = Path(cfg.cache_dir or f"{HydraConfig.get().runtime.output_dir}/cache")
@@ -183,8 +186,15 @@ def _check_evaluation(cfg: DictConfig, parts: Parts) -> None:
     """Refuse before the first step what the evaluation after the last one could not do."""
     data, options = parts.data, cfg.evaluation
     needs_val = {"splits": "val" in options.splits, "bias_classes": len(options.bias_classes) > 0}
-    for key in (key for key, needed in needs_val.items() if needed and data.selection.holdout == 0):
-        raise ConfigError(f"evaluation.{key} is {options[key]}, which needs held-out rows; data.holdout is 0, raise it")
+    key_of_val = "num_val" if isinstance(data, TraceData) else "holdout"
+    for key in (key for key, needed in needs_val.items() if needed and not data.has_val):
+        raise ConfigError(
+            f"evaluation.{key} is {options[key]}, which needs held-out rows; data.{key_of_val} is 0, raise it"
+        )
+    if isinstance(data, TraceData):
+        if options.bias_classes:
+            raise ConfigError("evaluation.bias_classes belongs to classification; data=traces has no classes")
+        return
     wrong = [c for c in options.bias_classes if not 0 <= c < data.num_classes]
     if wrong or len(set(options.bias_classes)) not in range(data.num_classes):
         raise ConfigError(

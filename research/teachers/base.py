@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from research.records import ClassBatch, TeacherSignal
+from research.records import Batch, TeacherSignal
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,11 @@ class AbstractTeacher(ABC):
     identity: TeacherIdentity
 
     @abstractmethod
-    def signal(self, batch: ClassBatch) -> TeacherSignal:
-        """The teacher's distribution for every row of `batch`, without gradient, on the batch's device."""
+    def signal(self, batch: Any) -> TeacherSignal:
+        """The teacher's distribution for every row of `batch` (every place of text), without gradient, on its device.
+
+        A subclass says which kind of `research.records.Batch` it takes.
+        """
 
     def to(self, device: torch.device | str) -> "AbstractTeacher":
         """Move whatever lives on a device there; returns self."""
@@ -54,6 +57,10 @@ class AbstractTeacher(ABC):
     def flops_per_row(self) -> float:
         """FLOPs of one row's signal: 0 where it is read rather than computed."""
         return 0.0
+
+    def flops_of(self, batch: Batch) -> float:
+        """FLOPs of one batch's signal, padding included."""
+        return self.flops_per_row() * len(batch)
 
     def spent_flops(self) -> float:
         """FLOPs spent once, before this run, to have the signal at all: the scoring behind a cache."""

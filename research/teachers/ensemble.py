@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from research.errors import CheckpointError, ConfigError
-from research.records import ClassBatch, DenseLogits
+from research.records import Batch, DenseLogits
 from research.teachers.base import AbstractTeacher, TeacherIdentity
 from research.teachers.frozen import FrozenTeacher, LoadedNetwork
 
@@ -20,7 +20,7 @@ MEANS = ("arithmetic", "geometric")
 class _MemberFacts:
     num_classes: int
     identity: TeacherIdentity
-    flops: float
+    flops: float | None  # of a row; None for language models, whose rows have any length
 
 
 class EnsembleTeacher(AbstractTeacher):
@@ -63,7 +63,8 @@ class EnsembleTeacher(AbstractTeacher):
                     f"{self.num_classes}; the members of an ensemble must share their classes"
                 )
         self._hashes = [fact.identity.sha256 for fact in facts]
-        self._flops = sum(fact.flops for fact in facts)
+        self._flops = None if facts[0].flops is None else sum(fact.flops or 0.0 for fact in facts)
+        self._flops_of_shape: dict[tuple[int, ...], float] = {}
         spent = [fact.identity.training_flops for fact in facts]
         self.identity = TeacherIdentity(
             kind="ensemble",
@@ -78,9 +79,10 @@ class EnsembleTeacher(AbstractTeacher):
         member = FrozenTeacher(loader())
         if not self._streamed:
             self._kept.append(member)
-        return _MemberFacts(member.num_classes, member.identity, member.flops_per_row())
+        flops = None if member.is_language_model else member.flops_per_row()
+        return _MemberFacts(member.num_classes, member.identity, flops)
 
-    def signal(self, batch: ClassBatch) -> DenseLogits:
+    def signal(self, batch: Batch) -> DenseLogits:
         total = self._logprobs(0, batch)
         for position in range(1, len(self._loaders)):
             logprobs = self._logprobs(position, batch)
@@ -89,16 +91,31 @@ class EnsembleTeacher(AbstractTeacher):
         mean = total - math.log(count) if self._mean == "arithmetic" else total / count
         return DenseLogits(mean * self._temperature)
 
-    def _logprobs(self, position: int, batch: ClassBatch) -> Tensor:
+    def _logprobs(self, position: int, batch: Batch) -> Tensor:
         """One member's softened logprobs; a member read for this batch is gone on return, before the next is read."""
+        member = self._member(position)
+        return torch.log_softmax(member.to(self._device).signal(batch).logits_NV / self._temperature, dim=-1)
+
+    def _member(self, position: int) -> FrozenTeacher:
         member = FrozenTeacher(self._loaders[position]()) if self._streamed else self._kept[position]
         if member.identity.sha256 != self._hashes[position]:
             raise CheckpointError(f"{member.identity.source} has changed on disk since the ensemble was made of it")
-        return torch.log_softmax(member.to(self._device).signal(batch).logits_NV / self._temperature, dim=-1)
+        return member
 
     def to(self, device: torch.device | str) -> "EnsembleTeacher":
         self._device = device
         return self
 
     def flops_per_row(self) -> float:
+        if self._flops is None:
+            raise TypeError("an ensemble of language models has no FLOPs of a row, but of a batch: flops_of")
         return self._flops
+
+    def flops_of(self, batch: Batch) -> float:
+        inputs = batch.network_inputs()
+        shape = tuple(inputs[0].shape[1:])
+        if shape not in self._flops_of_shape:
+            rows = int(inputs[0].shape[0])
+            members = (self._member(position) for position in range(len(self._loaders)))
+            self._flops_of_shape[shape] = sum(member.flops_of(batch) for member in members) / rows
+        return self._flops_of_shape[shape] * int(inputs[0].shape[0])

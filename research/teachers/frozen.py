@@ -6,18 +6,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from research.models.flops import flops_per_row
+from research.models.flops import flops_per_row, flops_per_row_of
 from research.models.weights import refuse_zero_weights, weights_sha256
-from research.records import ClassBatch, DenseLogits
+from research.records import Batch, DenseLogits
 from research.teachers.base import AbstractTeacher, TeacherIdentity
 
 
 @dataclass(frozen=True)
 class LoadedNetwork:
-    """A network read from disk with what is known of it; made by `research.teachers.load.load_network`."""
+    """A network read from disk with what is known of it; made by `research.teachers.load.load_network`.
+
+    input_shape  shape of one input; None for a language model, whose documents have any length
+    num_classes  classes, or the tokens of the vocabulary
+    """
 
     network: nn.Module
-    input_shape: tuple[int, ...]
+    input_shape: tuple[int, ...] | None
     num_classes: int
     source: str
     training_flops: float | None = None
@@ -36,6 +40,7 @@ class FrozenTeacher(AbstractTeacher):
         self._network = loaded.network.eval().requires_grad_(False)
         self._input_shape = loaded.input_shape
         self.num_classes = loaded.num_classes
+        self._flops_of_shape: dict[tuple[int, ...], float] = {}
         self.identity = TeacherIdentity(
             kind="frozen",
             sha256=weights_sha256(loaded.network),
@@ -44,17 +49,33 @@ class FrozenTeacher(AbstractTeacher):
             training_flops=loaded.training_flops,
         )
 
+    @property
+    def is_language_model(self) -> bool:
+        """Whether its rows are documents of any length."""
+        return self._input_shape is None
+
     @torch.no_grad()
-    def signal(self, batch: ClassBatch) -> DenseLogits:
-        with torch.autocast(batch.inputs.device.type, enabled=False):
-            return DenseLogits(self._network(batch.inputs).float())
+    def signal(self, batch: Batch) -> DenseLogits:
+        inputs = batch.network_inputs()
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return DenseLogits(self._network(*inputs).float())
 
     def to(self, device: torch.device | str) -> "FrozenTeacher":
         self._network.to(device)
         return self
 
     def flops_per_row(self) -> float:
+        """Of a classifier; a language model's depend on the length of a row, see :meth:`flops_of`."""
+        if self._input_shape is None:
+            raise TypeError(f"{self.identity.source} is a language model: its FLOPs are those of a batch, flops_of")
         return flops_per_row(self._network, self._input_shape, backward=False)
+
+    def flops_of(self, batch: Batch) -> float:
+        inputs = batch.network_inputs()
+        shape = tuple(inputs[0].shape[1:])
+        if shape not in self._flops_of_shape:
+            self._flops_of_shape[shape] = flops_per_row_of(self._network, inputs, backward=False)
+        return self._flops_of_shape[shape] * int(inputs[0].shape[0])
 
     def summary(self) -> dict[str, Any]:
         return {"parameters": sum(parameter.numel() for parameter in self._network.parameters())}

@@ -8,22 +8,37 @@ import pickle
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 import torch
+from torch import nn
 
 from research.errors import CheckpointError, ConfigError
-from research.models.build import rebuild
-from research.models.weights import ARCHITECTURE_FILE, WEIGHTS_FILE, check_state, load_weights, read_architecture
+from research.models.build import DataFacts, build_network, facts_of, rebuild
+from research.models.weights import (
+    ARCHITECTURE_FILE,
+    WEIGHTS_FILE,
+    at_home,
+    check_sha256,
+    check_state,
+    has_own_path,
+    load_weights,
+    read_architecture,
+)
 from research.teachers.cache import CachedTeacher
 from research.teachers.ensemble import EnsembleTeacher
 from research.teachers.frozen import FrozenTeacher, LoadedNetwork
 
 NETWORK_FOLDER = "student"
 CHECKPOINT_SUFFIXES = (".ckpt",)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+PRETRAINED = "research.models.pretrained_language.PretrainedLanguageModel"
 
 
-def load_network(path: str | Path, *, input_shape: Sequence[int], num_classes: int) -> LoadedNetwork:
-    """Read a trained network that fits inputs of `input_shape` and predicts `num_classes`.
+def load_network(path: str | Path, *, dtype: str = "float32", **facts: Unpack[DataFacts]) -> LoadedNetwork:
+    """Read a trained network that fits the facts of the data: inputs and classes, or the tokens of the text.
+
+    dtype  of a Hugging Face language model's weights: float32, bfloat16, float16 or auto (as they are stored)
 
     Raises CheckpointError naming the path where nothing can be read there, or where the network does not fit.
     """
@@ -34,54 +49,49 @@ def load_network(path: str | Path, *, input_shape: Sequence[int], num_classes: i
             f"or train one into it: distill train experiment=NAME hydra.run.dir={path}"
         )
     if path.suffix in CHECKPOINT_SUFFIXES:
-        loaded = _from_checkpoint(path)
-    elif (path / NETWORK_FOLDER / ARCHITECTURE_FILE).exists():
-        loaded = _from_folder(path / NETWORK_FOLDER, _training_flops(path / "run.json"))
-    elif (path / ARCHITECTURE_FILE).exists():
-        loaded = _from_folder(path, _training_flops(path.parent / "run.json"))
-    elif (path / "config.json").exists():
-        loaded = _from_hugging_face(path, input_shape, num_classes)
-    else:
-        raise CheckpointError(
-            f"{path} holds no network: expected {NETWORK_FOLDER}/{ARCHITECTURE_FILE} (a finished run), "
-            f"{ARCHITECTURE_FILE} with {WEIGHTS_FILE}, or a Hugging Face config.json"
-        )
-    if loaded.num_classes != num_classes:
-        raise CheckpointError(
-            f"{path} predicts {loaded.num_classes} classes, the data have {num_classes}; "
-            "teacher and student must share them"
-        )
-    if tuple(loaded.input_shape) != tuple(input_shape):
-        raise CheckpointError(f"{path} takes inputs of shape {loaded.input_shape}, the data have {tuple(input_shape)}")
-    return loaded
+        return _from_checkpoint(path, facts)
+    if (path / NETWORK_FOLDER / ARCHITECTURE_FILE).exists():
+        return _from_folder(path / NETWORK_FOLDER, facts, _training_flops(path / "run.json"))
+    if (path / ARCHITECTURE_FILE).exists():
+        return _from_folder(path, facts, _training_flops(path.parent / "run.json"))
+    if (path / "config.json").exists():
+        return _from_hugging_face(path, facts, dtype)
+    raise CheckpointError(
+        f"{path} holds no network: expected {NETWORK_FOLDER}/{ARCHITECTURE_FILE} (a finished run), "
+        f"{ARCHITECTURE_FILE} with {WEIGHTS_FILE}, or a Hugging Face config.json"
+    )
 
 
-def frozen(path: str | None, *, input_shape: Sequence[int], num_classes: int) -> FrozenTeacher:
-    """`teacher=frozen teacher.path=...`: one network, scored live."""
-    return FrozenTeacher(load_network(_given(path), input_shape=input_shape, num_classes=num_classes))
+def frozen(path: str | None, *, dtype: str = "float32", **facts: Unpack[DataFacts]) -> FrozenTeacher:
+    """`teacher=frozen teacher.path=...`: one network, scored live; `dtype` as in :func:`load_network`."""
+    return FrozenTeacher(load_network(_given(path), dtype=dtype, **facts))
 
 
 def ensemble(
     paths: Sequence[str],
     *,
-    input_shape: Sequence[int],
-    num_classes: int,
     mean: str = "arithmetic",
     temperature: float = 1.0,
     streamed: bool = True,
+    **facts: Unpack[DataFacts],
 ) -> EnsembleTeacher:
     """`teacher=ensemble teacher.paths=[a,b,...]`: the mean of several networks."""
-    loaders = [partial(load_network, path, input_shape=input_shape, num_classes=num_classes) for path in paths or []]
+    loaders = [partial(load_network, path, **facts) for path in paths or []]
     return EnsembleTeacher(loaders, mean=mean, temperature=temperature, streamed=streamed)
 
 
-def cached(
-    path: str | None, *, input_shape: Sequence[int], num_classes: int, teacher_sha256: str | None = None
-) -> CachedTeacher:
+def cached(path: str | None, *, teacher_sha256: str | None = None, **facts: Unpack[DataFacts]) -> CachedTeacher:
     """`teacher=cached teacher.path=...`: signals written by `distill cache`; `teacher_sha256` pins whose."""
     teacher = CachedTeacher(Path(_given(path)), expected_teacher_sha256=teacher_sha256)
-    if teacher.num_classes != num_classes:
-        raise CheckpointError(f"the cache {path} holds {teacher.num_classes} classes, the data have {num_classes}")
+    if "num_classes" not in facts:
+        raise ConfigError(
+            "teacher=cached holds one signal for each row of a classification split, and these data are text; "
+            "choose teacher=frozen"
+        )
+    if teacher.num_classes != facts["num_classes"]:
+        raise CheckpointError(
+            f"the cache {path} holds {teacher.num_classes} classes, the data have {facts['num_classes']}"
+        )
     return teacher
 
 
@@ -93,16 +103,18 @@ def _given(path: str | None) -> str:
     return str(path)
 
 
-def _from_folder(folder: Path, training_flops: float | None) -> LoadedNetwork:
+def _from_folder(folder: Path, facts: DataFacts, training_flops: float | None) -> LoadedNetwork:
     architecture = read_architecture(folder)
-    network = rebuild(architecture)
-    load_weights(network, folder, architecture.get("sha256"))
-    return LoadedNetwork(
-        network, tuple(architecture["input_shape"]), int(architecture["num_classes"]), str(folder), training_flops
-    )
+    _refuse_unfit(folder, facts_of(architecture), facts)
+    network = rebuild(at_home(architecture, folder))
+    if has_own_path(architecture):
+        check_sha256(network, folder, architecture.get("sha256"))
+    else:
+        load_weights(network, folder, architecture.get("sha256"))
+    return _loaded(network, facts_of(architecture), str(folder), training_flops)
 
 
-def _from_checkpoint(path: Path) -> LoadedNetwork:
+def _from_checkpoint(path: Path, facts: DataFacts) -> LoadedNetwork:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         architecture, named = json.loads(checkpoint["architecture"]), dict(checkpoint["state_dict"])
@@ -112,17 +124,76 @@ def _from_checkpoint(path: Path) -> LoadedNetwork:
             "which holds plain tensors and its architecture"
         ) from None
     network = rebuild(architecture)
+    _refuse_unfit(path, facts_of(architecture), facts)
     state = {name.removeprefix("student."): tensor for name, tensor in named.items()}
     check_state(network, state, str(path))
     network.load_state_dict(state)
-    return LoadedNetwork(network, tuple(architecture["input_shape"]), int(architecture["num_classes"]), str(path))
+    return _loaded(network, facts_of(architecture), str(path), None)
 
 
-def _from_hugging_face(path: Path, input_shape: Sequence[int], num_classes: int) -> LoadedNetwork:
-    from research.models.pretrained import HuggingFaceClassifier
+def _from_hugging_face(path: Path, facts: DataFacts, dtype: str) -> LoadedNetwork:
+    if "vocab_size" not in facts:
+        from research.models.pretrained import HuggingFaceClassifier
 
-    network = HuggingFaceClassifier(path, input_shape=input_shape, num_classes=num_classes)
-    return LoadedNetwork(network, tuple(input_shape), num_classes, str(path))
+        shape, classes = facts["input_shape"], facts["num_classes"]
+        return _loaded(HuggingFaceClassifier(path, input_shape=shape, num_classes=classes), facts, str(path), None)
+    _refuse_other_tokens(path, facts.get("tokenizer_sha256"))
+    description = {"_target_": PRETRAINED, "path": str(path), "dtype": dtype}
+    return _loaded(build_network(description, key="teacher", **facts), facts, str(path), None)
+
+
+def _loaded(network: nn.Module, facts: DataFacts, source: str, training_flops: float | None) -> LoadedNetwork:
+    if "vocab_size" in facts:
+        return LoadedNetwork(network, None, int(facts["vocab_size"]), source, training_flops)
+    return LoadedNetwork(network, tuple(facts["input_shape"]), int(facts["num_classes"]), source, training_flops)
+
+
+def _refuse_unfit(path: Path, own: DataFacts, facts: DataFacts) -> None:
+    """Raise CheckpointError where a network was made for other inputs, other classes or other tokens."""
+    if ("vocab_size" in own) != ("vocab_size" in facts):
+        kinds = ("a language model", "classes") if "vocab_size" in own else ("a classifier", "text")
+        raise CheckpointError(f"{path} is {kinds[0]}, the data are {kinds[1]}; give a network for such data")
+    if "vocab_size" not in own:
+        if own["num_classes"] != facts["num_classes"]:
+            raise CheckpointError(
+                f"{path} predicts {own['num_classes']} classes, the data have {facts['num_classes']}; "
+                "teacher and student must share them"
+            )
+        if tuple(own["input_shape"]) != tuple(facts["input_shape"]):
+            shapes = tuple(own["input_shape"]), tuple(facts["input_shape"])
+            raise CheckpointError(f"{path} takes inputs of shape {shapes[0]}, the data have {shapes[1]}")
+        return
+    if own["vocab_size"] != facts["vocab_size"]:
+        raise CheckpointError(
+            f"{path} predicts {own['vocab_size']} tokens, the data's tokenizer has {facts['vocab_size']}; "
+            "teacher and student must share their tokenizer"
+        )
+    known, given = own.get("tokenizer_sha256"), facts.get("tokenizer_sha256")
+    if known is not None and given is not None and known != given:
+        raise _other_tokens(path, known, given)
+
+
+def _refuse_other_tokens(path: Path, given: str | None) -> None:
+    """Compare the tokenizer in a Hugging Face folder with the data's, where that is known."""
+    if given is None:
+        return
+    from research.text.tokenizer import build_tokenizer, tokenizer_sha256
+
+    if not any((path / name).exists() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES)}), so nothing says that its ids mean what the "
+            "data's mean; save the teacher's tokenizer into the folder"
+        )
+    own = tokenizer_sha256(build_tokenizer(str(path)))
+    if own != given:
+        raise _other_tokens(path, own, given)
+
+
+def _other_tokens(path: Path, own: str, given: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} was made for another tokenizer ({own[:12]}..) than the data's ({given[:12]}..): its ids stand for "
+        "other text. Give data.tokenizer the teacher's, or a teacher of the same tokenizer"
+    )
 
 
 def _training_flops(record: Path) -> float | None:

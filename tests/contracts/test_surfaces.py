@@ -12,14 +12,15 @@ from research.schemas import SCHEMAS, EvaluationConfig
 
 ROOT_KEYS = {
     "train": {
-        "name", "seed", "data", "student", "teacher", "reference", "signal_transform", "method", "optimizer",
-        "scheduler", "trainer", "logger", "paths", "evaluation", "ckpt_path", "monitor", "compile", "threads",
+        "name", "seed", "data", "task", "template", "student", "teacher", "reference", "signal_transform",
+        "method", "optimizer", "scheduler", "trainer", "logger", "paths", "evaluation", "ckpt_path", "monitor", "compile", "threads",
         "keep_checkpoints", "tags",
     },
     "cache": {
         "name", "seed", "data", "teacher", "paths", "cache_dir", "split", "top_k", "dtype", "shard_rows", "threads",
     },
-    "evaluate": {"name", "run", "split", "data", "reference", "batch_size", "paths"},
+    "evaluate": {"name", "seed", "run", "split", "data", "reference", "batch_size", "sampling", "paths"},
+    "convert": {"name", "source", "format", "output", "paths"},
     "study": {"name", "folder", "preset", "overrides", "runs_dir", "report", "paths"},
     "report": {"name", "folder", "preset", "paths"},
 }  # fmt: skip
@@ -36,7 +37,10 @@ def test_p124_commands() -> None:
 
 def test_p124_root_keys_of_every_command() -> None:
     assert {command: keys_of(schema) for command, schema in SCHEMAS.items()} == ROOT_KEYS
-    assert keys_of(EvaluationConfig) == {"splits", "variants", "bias_classes", "weights", "batch_size"}
+    assert keys_of(EvaluationConfig) == {
+        "splits", "variants", "bias_classes", "weights", "batch_size", "num_samples", "sampling_temperature", "top_p",
+        "max_new_tokens",
+    }  # fmt: skip
 
 
 def test_run_record_schema() -> None:

@@ -110,6 +110,54 @@ def test_a_missing_key_is_named() -> None:
         build_network({"_target_": MLP["_target_"]}, **FACTS)
 
 
+TEXT = {"vocab_size": 23, "eos_token_id": (1, 4), "pad_token_id": 0, "tokenizer_sha256": "f00"}
+LANGUAGE = {
+    "_target_": "research.models.language.LanguageModel",
+    "architecture": "llama",
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+}
+
+
+def test_text_has_facts_of_its_own() -> None:
+    architecture = describe(LANGUAGE, **TEXT)
+    assert architecture == {"network": LANGUAGE, **TEXT, "eos_token_id": [1, 4]}
+    network = rebuild(architecture)
+    assert network.model.config.vocab_size == 23 and network.model.generation_config.eos_token_id == [1, 4]
+    unknown_tokenizer = {name: fact for name, fact in architecture.items() if name != "tokenizer_sha256"}
+    assert rebuild(unknown_tokenizer).vocab_size == 23
+
+
+def test_a_model_for_other_data_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"student is a LanguageModel, which is for text and needs vocab_size; these"):
+        build_network(LANGUAGE, **FACTS, key="student")
+    with pytest.raises(ConfigError, match=r"student is a Mlp, which is for classes and needs input_shape; these data"):
+        build_network(MLP, **TEXT, key="student")
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "eos_token_id", "tokenizer_sha256", "num_classes"])
+def test_facts_are_not_for_a_config_to_set(name: str) -> None:
+    accepted = {**LANGUAGE, name: 5}
+    with pytest.raises(ConfigError, match=rf"model\.{name}"):
+        build_network(accepted, **TEXT)
+
+
+def test_what_is_no_fact_is_refused() -> None:
+    with pytest.raises(ConfigError, match="vocab: no fact of the data"):
+        describe(LANGUAGE, vocab=3)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="vocab: no fact of the data"):
+        build_network(LANGUAGE, **TEXT, vocab=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("missing", ["vocab_size", "eos_token_id", "pad_token_id", "network"])
+def test_a_damaged_architecture_of_text_is_refused(missing: str) -> None:
+    architecture = describe(LANGUAGE, **TEXT)
+    del architecture[missing]
+    with pytest.raises(ConfigError, match="architecture is damaged"):
+        rebuild(architecture)
+
+
 @pytest.mark.parametrize(
     "architecture", [{}, {"network": MLP}, {"network": 3, "input_shape": [4], "num_classes": 3}, []]
 )

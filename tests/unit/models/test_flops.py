@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from research.models.classifiers import ConvNet, Mlp
-from research.models.flops import flops_per_row
+from research.models.flops import flops_of_inputs, flops_per_row, flops_per_row_of
+from research.models.language import LanguageModel
 from research.models.weights import weights_sha256
 
 
@@ -59,3 +60,52 @@ def test_frozen_parameters_need_no_gradient() -> None:
     network = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10))
     network[0].requires_grad_(False)
     assert flops_per_row(network, (20,), backward=True) == 2 * (600 + 300 + 300)
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+TEXT = {"vocab_size": 50, "eos_token_id": 1, "pad_token_id": 0}
+
+
+def language_model(architecture: str, **changes: object) -> LanguageModel:
+    sizes = {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "intermediate_size": 40}
+    return LanguageModel(architecture, **{**sizes, **TEXT, **changes})
+
+
+def text(rows: int, length: int) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.zeros(rows, length, dtype=torch.int64) for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "layer"),
+    [
+        ("llama", {}, 4 * 32 * 32 + 3 * 32 * 40),
+        ("qwen3", {"num_kv_heads": 2}, 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 40),
+        ("gpt2", {}, 4 * 32 * 32 + 2 * 32 * 40),
+    ],
+)
+@pytest.mark.parametrize("length", [1, 7, 64])
+def test_language_model_closed_form(architecture: str, options: dict, layer: int, length: int) -> None:
+    """2 x parameters x tokens, and for attention queries x keys and probabilities x values: 2 x 2 x T x T x width."""
+    network = language_model(architecture, **options)
+    products = length * (3 * layer + 32 * 50) + 3 * 2 * length * length * 32
+    forward = flops_per_row_of(network, text(5, length), backward=False)
+    assert forward == 2 * products
+    assert flops_per_row_of(network, text(5, length), backward=True) == 3 * forward
+    assert flops_of_inputs(network, text(6, length), backward=False) == 6 * forward
+
+
+def test_recomputed_activations_are_paid_for() -> None:
+    plain, recomputing = (language_model("llama", gradient_checkpointing=on).train() for on in (False, True))
+    forward = flops_per_row_of(plain, text(2, 16), backward=False)
+    body = forward - 2 * 16 * 32 * 50  # the head is not recomputed
+    assert flops_per_row_of(recomputing, text(2, 16), backward=True) == 3 * forward + body
+
+
+def test_counting_text_touches_neither_weights_nor_random_numbers() -> None:
+    network = language_model("llama", tie_embeddings=True)
+    before, state = weights_sha256(network), torch.get_rng_state()
+    flops_per_row_of(network, text(2, 16), backward=True)
+    assert weights_sha256(network) == before and torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None and not parameter.is_meta for parameter in network.parameters())
+    assert network.model.lm_head.weight is network.model.get_input_embeddings().weight

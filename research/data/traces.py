@@ -1,0 +1,237 @@
+"""Problems with their written solutions: what every language method is trained, validated and evaluated on."""
+
+import hashlib
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from research.data.resume import TrainerPlace
+from research.data.splits import DataError
+from research.data.token_loader import TokenLoader
+from research.errors import ConfigError
+from research.records import Problem, Trace
+from research.tasks.base import AbstractTask, Split
+from research.text.codec import Codec
+from research.text.document import Document
+from research.text.formats import TRACE_FORMATS, arrange
+from research.text.template import AbstractTemplate
+from research.text.tokenizer import build_tokenizer, tokenizer_sha256
+from research.traces.reading import read_traces
+
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+NEEDS_CHAIN = frozenset(TRACE_FORMATS) - {"answer_only"}
+
+
+class TraceData(L.LightningDataModule):
+    """Traces to train on, and held-out problems to validate and test on.
+
+    task, template    whose problems, and how they are written; see ``research.tasks`` and ``research.text``
+    store             folder of a trace store (``distill traces``), or a JSONL file; None: the task's own chains
+    trace_format      the arm of every ablation: chain_then_answer | answer_then_chain | answer_only | ...
+    prompt_loss_weight   what a prompt's token counts in the loss, 0 to 1
+    num_train         traces to train on, the first of the store or of the task; None: all
+    num_val, num_test problems of the task's own validation and test splits
+    problem_seed      which problems a generated task draws; ``format_seed``: which chains are shuffled and swapped
+    seed              order of the documents
+    tokenizer         characters | bpe | a pretrained folder or hub id; vocab_size for bpe, trained on the train texts
+    max_tokens        longest document; a longer one is dropped and counted, never cut
+    batch_size        documents per optimizer step, over all ranks and accumulated micro-batches
+    packed_to, length_grouping   see :class:`TokenLoader`
+
+    ``index`` of a train document is its number among the traces as they are stored; of a problem, its number in the
+    task's split. Raises ConfigError and DataError, naming the key, where nothing is left to train on.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: AbstractTask,
+        template: AbstractTemplate | Any,
+        seed: int = 0,
+        store: str | None = None,
+        trace_format: str = "chain_then_answer",
+        prompt_loss_weight: float = 0.0,
+        num_train: int | None = 20_000,
+        num_val: int = 500,
+        num_test: int = 1000,
+        problem_seed: int = 0,
+        format_seed: int = 0,
+        tokenizer: str = "characters",
+        vocab_size: int = 1024,
+        max_tokens: int = 512,
+        batch_size: int = 64,
+        packed_to: int | None = None,
+        length_grouping: int = 0,
+    ) -> None:
+        super().__init__()
+        least_of = {"batch_size": (batch_size, 1), "num_val": (num_val, 0), "num_test": (num_test, 0)}
+        for key, (value, least) in {**least_of, "max_tokens": (max_tokens, 2)}.items():
+            if value < least:
+                raise ConfigError(f"data.{key} is {value}; expected at least {least}")
+        if num_train is not None and num_train < 1:
+            raise ConfigError(f"data.num_train is {num_train}; expected at least 1, or null for all")
+        if trace_format not in TRACE_FORMATS:
+            raise ConfigError(f"data.trace_format is {trace_format!r}; expected one of {', '.join(TRACE_FORMATS)}")
+        self.task, self.seed, self.batch_size = task, seed, batch_size
+        self.trace_format, self.packed_to, self.length_grouping = trace_format, packed_to, length_grouping
+        self._template, self._store = template, store
+        self._num = {"train": num_train, "val": num_val, "test": num_test}
+        self._problem_seed, self._format_seed = problem_seed, format_seed
+        self._tokenizer_kind, self._vocab_size = tokenizer, vocab_size
+        self.max_tokens, self._prompt_loss_weight = max_tokens, prompt_loss_weight
+        self._problems: dict[Split, list[Problem]] = {}
+        self._documents: dict[Split, list[Document]] = {}
+        self._skipped: dict[Split, Counter[str]] = {}
+        self._traces: list[Trace] | None = None
+        self._codec: Codec | None = None
+
+    # -- what is there ------------------------------------------------------------------------------------------------
+
+    @property
+    def codec(self) -> Codec:
+        """The one place that turns problems and traces into ids and back, for training and generation alike."""
+        if self._codec is None:
+            tokenizer = self._build_tokenizer()
+            template = self._template(tokenizer=tokenizer) if isinstance(self._template, partial) else self._template
+            self._codec = Codec(
+                tokenizer,
+                template,
+                trace_format=self.trace_format,
+                max_tokens=self.max_tokens,
+                prompt_loss_weight=self._prompt_loss_weight,
+            )
+        return self._codec
+
+    @property
+    def has_val(self) -> bool:
+        """Whether there is a validation split to select on."""
+        return self._num["val"] != 0
+
+    def facts(self) -> dict[str, Any]:
+        """What a language model must fit: sizes and special ids of the tokenizer, and its identity."""
+        codec = self.codec
+        return {
+            "vocab_size": codec.vocab_size,
+            "eos_token_id": list(codec.eos_ids) if len(codec.eos_ids) > 1 else codec.eos_ids[0],
+            "pad_token_id": codec.pad_id,
+            "tokenizer_sha256": tokenizer_sha256(codec.tokenizer),
+        }
+
+    def problems(self, split: Split) -> list[Problem]:
+        """The problems of a split, by rising index. Those of train are the task's, whatever the store holds."""
+        if split not in self._problems:
+            num = self._num[split]
+            self._problems[split] = self.task.problems(split, num, self._problem_seed) if num != 0 else []
+        return self._problems[split]
+
+    def traces(self) -> list[Trace]:
+        """The train traces as they are stored, before the trace format rearranges them."""
+        if self._traces is None:
+            self._traces = self._read_store() if self._store else [reference_trace(p) for p in self.problems("train")]
+            if not self._traces:
+                raise DataError(f"no trace to train on in {self._store or self.task.name}")
+        return self._traces
+
+    def documents(self, split: Split) -> list[Document]:
+        """The encoded documents of a split; what could not be encoded is counted in :meth:`summary`."""
+        if split not in self._documents:
+            traces = self.traces() if split == "train" else [reference_trace(p) for p in self.problems(split)]
+            if split == "train":
+                traces = arrange(traces, self.trace_format, self._format_seed, self.codec.template.step_separator)
+            documents, skipped = self.codec.encode_all(traces)
+            self._documents[split], self._skipped[split] = documents, skipped
+            if split == "train" and not documents:
+                told = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+                raise DataError(f"none of {len(traces)} traces can be encoded as {self.trace_format}: {told}")
+        return self._documents[split]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and encode what training and validation need; test problems are drawn when they are asked for."""
+        self.documents("train")
+        self.documents("val")
+
+    # -- loaders ------------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> TokenLoader:
+        """Train documents, shuffled, cut for the trainer's ranks and accumulation."""
+        trainer = self.trainer
+        micro_batches = 1 if trainer is None else trainer.accumulate_grad_batches
+        return self._loader(
+            "train",
+            batch_size=self.batch_size,
+            packed_to=self.packed_to,
+            length_grouping=self.length_grouping,
+            micro_batches=micro_batches,
+            rank=0 if trainer is None else trainer.global_rank,
+            world_size=1 if trainer is None else trainer.world_size,
+            seed=self.seed,
+            shuffle=not getattr(trainer, "overfit_batches", 0),
+            where=None if trainer is None else TrainerPlace(trainer, micro_batches),
+        )
+
+    def val_dataloader(self) -> TokenLoader | list[TokenLoader]:
+        """The reference documents of the validation problems, this rank's share; an empty list where there are none."""
+        if not self.documents("val"):
+            return []
+        trainer = self.trainer
+        world_size = 1 if trainer is None else trainer.world_size
+        rank = 0 if trainer is None else trainer.global_rank
+        return self._loader("val", batch_size=max(256, world_size), rank=rank, world_size=world_size)
+
+    def loader(self, split: Split, *, batch_size: int | None = None) -> TokenLoader:
+        """The documents of a whole split in order, once per epoch."""
+        return self._loader(split, batch_size=self.batch_size if batch_size is None else batch_size)
+
+    def _loader(self, split: Split, **options: Any) -> TokenLoader:
+        codec = self.codec
+        weight = self._prompt_loss_weight
+        return TokenLoader(self.documents(split), pad_id=codec.pad_id, prompt_loss_weight=weight, **options)
+
+    # -- identity -----------------------------------------------------------------------------------------------------
+
+    def fingerprint(self, split: Split) -> str:
+        """sha256 of a split's documents as they are served: ids, prompt lengths, indices, whatever the order."""
+        digest = hashlib.sha256(str(self._prompt_loss_weight).encode())
+        for document in self.documents(split):
+            digest.update(f"{document.index}|{document.prompt_length}|{document.ids}".encode())
+        return digest.hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        """Rows per split, what was dropped by reason, and tokens of the train documents."""
+        lengths = [len(document.ids) for document in self.documents("train")]
+        return {
+            "rows": {split: len(self.documents(split)) for split in ("train", "val")}
+            | {"test": len(self.problems("test"))},
+            "dropped": {split: dict(skipped) for split, skipped in self._skipped.items()},
+            "train_tokens": sum(lengths),
+            "longest": max(lengths),
+            "task": self.task.name,
+            "trace_format": self.trace_format,
+            "tokenizer": tokenizer_sha256(self.codec.tokenizer),
+            "store": None if self._store is None else Path(self._store).name,
+        }
+
+    def _build_tokenizer(self) -> Any:
+        kind = self._tokenizer_kind
+        if kind == "characters":
+            if self.task.alphabet is None:
+                raise ConfigError(
+                    f"data.tokenizer is characters, but {self.task.name} has open text; give bpe or a pretrained folder"
+                )
+            written = getattr(self._template, "alphabet", "")
+            return build_tokenizer(kind, alphabet="".join(sorted({*self.task.alphabet, *written})))
+        if kind == "bpe":
+            texts = (f"{t.problem}\n{t.chain}\n{t.answer}" for t in self.traces())
+            return build_tokenizer(kind, texts=texts, vocab_size=self._vocab_size)
+        return build_tokenizer(kind)
+
+    def _read_store(self) -> list[Trace]:
+        return read_traces(Path(str(self._store)), num=self._num["train"])
+
+
+def reference_trace(problem: Problem) -> Trace:
+    """The task's own solution of a problem, as a trace."""
+    return Trace(problem.text, problem.chain, problem.answer, problem.index, details={"origin": "reference"})

@@ -1,0 +1,121 @@
+"""Supervised fine-tuning on written traces, beside a soft-target term on the same tokens where a teacher is given."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from research.errors import ConfigError
+from research.losses.soft_target import soft_target
+from research.losses.supervised import cross_entropy
+from research.methods.base import AbstractMethod, Component, Training
+from research.records import DenseLogits, LossSum, TokenBatch
+from research.teachers.base import AbstractTeacher
+
+REDUCTIONS = ("token", "sequence", "fixed")
+
+
+class SftTrace(AbstractMethod):
+    """Masked next-token cross-entropy, the same whoever wrote the text; ``weight_BT`` of the batch says what counts.
+
+    reduction     token     sum over all places / their weight in the whole optimizer step: every token counts alike
+                  sequence  mean over each document's own places, then over documents: every document counts alike
+                  fixed     sum over all places / (documents * ``fixed_length``): a constant, whatever the lengths
+    fixed_length  tokens, for reduction=fixed only
+    hard_weight   of the cross-entropy with the trace's tokens; soft_weight, temperature, divergence, ... of the
+                  teacher's distribution at the completion's places, as for :class:`SoftTarget` (sequence-level and
+                  token-level distillation at once, where the trace is the teacher's own)
+    """
+
+    validation_metrics = ("val/nll", "val/token_accuracy")
+
+    def __init__(
+        self,
+        training: Training,
+        teacher: AbstractTeacher | None = None,
+        *,
+        reduction: str = "token",
+        fixed_length: int | None = None,
+        hard_weight: float = 1.0,
+        soft_weight: float = 0.0,
+        temperature: float = 1.0,
+        divergence: str = "forward_kl",
+        teacher_mixture_weight: float | None = None,
+        skew_weight: float | None = None,
+        scale_by_temperature_squared: bool = True,
+    ) -> None:
+        if soft_weight != 0 and teacher is None:
+            raise ConfigError(f"method.soft_weight is {soft_weight} and there is no teacher; choose teacher=frozen")
+        super().__init__(training, teacher)
+        if reduction not in REDUCTIONS:
+            raise ConfigError(f"method.reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
+        if (reduction == "fixed") != (fixed_length is not None) or (fixed_length is not None and fixed_length < 1):
+            raise ConfigError(
+                f"method.fixed_length is {fixed_length} with reduction={reduction}; give tokens, at least 1, for "
+                "reduction=fixed and leave it out elsewhere"
+            )
+        for key, weight in (("hard_weight", hard_weight), ("soft_weight", soft_weight)):
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ConfigError(f"method.{key} is {weight}; expected a finite number, 0 or more")
+        if hard_weight == 0 and soft_weight == 0:
+            raise ConfigError("method.hard_weight and method.soft_weight are both 0; at least one must be positive")
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ConfigError(f"method.temperature is {temperature}; expected a positive, finite number such as 1")
+        self.reduction, self.fixed_length = reduction, fixed_length
+        self.hard_weight, self.soft_weight, self.temperature = hard_weight, soft_weight, temperature
+        self._options: dict[str, Any] = {
+            "divergence": divergence,
+            "temperature": temperature,
+            "teacher_mixture_weight": teacher_mixture_weight,
+            "skew_weight": skew_weight,
+            "scale_by_temperature_squared": scale_by_temperature_squared,
+        }
+        uniform_NV = torch.zeros(1, 2)
+        soft_target(uniform_NV, DenseLogits(uniform_NV), **self._options)  # refuses what no step could use
+
+    def components(self, batch: TokenBatch) -> list[Component]:
+        logits_BTV = self.student(*batch.network_inputs())
+        parts = []
+        if self.hard_weight != 0:
+            parts.append(self._component("hard", self._hard(logits_BTV, batch), self.hard_weight, batch))
+        if self.soft_weight != 0:
+            signal = self.teacher_signal(batch)
+            loss = soft_target(logits_BTV, signal, loss_mask_N=batch.completion_BT, **self._options)
+            parts.append(Component("soft", loss, self.soft_weight, batch.step_completion_tokens))
+        return parts
+
+    def _hard(self, logits_BTV: Tensor, batch: TokenBatch) -> LossSum:
+        weight_BT = batch.weight_BT
+        if self.reduction == "sequence":
+            weight_BT = weight_BT.double() / _document_weight(batch).double().clamp(min=1e-12)
+        return cross_entropy(logits_BTV, batch.label_BT, weight_N=weight_BT)
+
+    def _component(self, name: str, loss: LossSum, weight: float, batch: TokenBatch) -> Component:
+        if self.reduction == "token":
+            return Component(name, loss, weight, batch.step_weight)
+        if self.reduction == "sequence":
+            return Component(name, loss, weight, batch.step_rows)
+        return Component(name, loss, weight, batch.step_rows * float(self.fixed_length or 1))
+
+    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
+        """Cross-entropy and accuracy at the completion's places, means over tokens."""
+        logits_BTV = self.student(*batch.network_inputs())
+        mask_BT = batch.completion_BT
+        nll = cross_entropy(logits_BTV, batch.label_BT, mask_BT)
+        right = ((logits_BTV.argmax(dim=-1) == batch.label_BT) & mask_BT).sum()
+        tokens = int(nll.count)
+        if tokens == 0:
+            return
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": tokens}
+        self.log("val/nll", nll.mean(), **options)
+        self.log("val/token_accuracy", right / tokens, **options)
+
+
+def _document_weight(batch: TokenBatch) -> Tensor:
+    """At every place the summed weight of the document that it belongs to, [B, T]."""
+    segments = int(batch.segment_BT.max()) + 1
+    rows, weight_BT = batch.segment_BT.shape[0], batch.weight_BT
+    weight_BS = torch.zeros(rows, segments, dtype=weight_BT.dtype, device=weight_BT.device)
+    weight_BS.scatter_add_(1, batch.segment_BT, weight_BT)
+    return weight_BS.gather(1, batch.segment_BT)

@@ -1,0 +1,291 @@
+"""Causal language models of `transformers` behind one call: `network(ids_BT, position_BT, segment_BT) -> logits_BTV`.
+
+The library's own model is at `.model`, for generation and for export; nothing of it is rewritten. What is added here is
+that documents packed into one row never see each other.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from research.errors import ConfigError
+
+ARCHITECTURES = ("llama", "qwen3", "gpt2")
+DEFAULT_ROPE_THETA = 10_000.0
+
+
+class AbstractLanguageModel(nn.Module):
+    """A causal language model.
+
+    model       the `PreTrainedModel` of transformers
+    vocab_size  V, the number of logits: the tokens of the tokenizer
+    """
+
+    model: Any
+    vocab_size: int
+    max_positions: int | None
+
+    @abstractmethod
+    def exported(self) -> Any:
+        """The plain transformers model to write to disk: adapters merged, nothing else changed."""
+
+    def forward(self, ids_BT: Tensor, position_BT: Tensor, segment_BT: Tensor) -> Tensor:
+        """Logits [B, T, V]: those at t are of the token after t, given its document up to and with t.
+
+        ids_BT       int64 token ids
+        position_BT  int64 place within its document, from 0
+        segment_BT   int64 number of the document within its row, from 1; 0 on padding, whose logits mean nothing
+
+        Raises ValueError for a document that is longer than the model's positions.
+        """
+        self._check_length(position_BT)
+        mask: Tensor | None = None
+        if not one_document_a_row(position_BT, segment_BT):
+            mask = self._attention_mask(segment_BT)
+        else:  # padding stands behind the document, where causality alone hides it: no mask, the fast kernels
+            position_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        return self.model(input_ids=ids_BT, attention_mask=mask, position_ids=position_BT, use_cache=False).logits
+
+    def _attention_mask(self, segment_BT: Tensor) -> Tensor:
+        seen_B1TT = same_document_and_before(segment_BT)
+        if self.model.config._attn_implementation == "sdpa":
+            return seen_B1TT
+        hidden = torch.finfo(self.model.dtype).min
+        return torch.zeros(seen_B1TT.shape, device=segment_BT.device).masked_fill(~seen_B1TT, hidden)
+
+    def _check_length(self, position_BT: Tensor) -> None:
+        limit = self.max_positions
+        if limit is None or position_BT.shape[1] <= limit or position_BT.is_meta:
+            return
+        longest = int(position_BT.max()) + 1
+        if longest > limit:
+            raise ValueError(
+                f"a document has {longest} tokens, the model is built for max_positions={limit}; "
+                "drop longer documents with data.max_tokens, or build the model with more positions"
+            )
+
+    def stored_names(self) -> dict[str, str]:
+        """Name in this module's state dict -> name in `model.safetensors`, as transformers has it.
+
+        Tied parameters share one name, as they share one tensor.
+        """
+        tied = self.model.all_tied_weights_keys
+        return {f"model.{name}": tied.get(name, name) for name in self.model.state_dict()}
+
+
+class LanguageModel(AbstractLanguageModel):
+    """A language model from scratch: Llama, Qwen3 or GPT-2 of any size.
+
+    architecture       llama: RMSNorm, rotary positions, gated MLP; qwen3: the same with normalised queries and keys;
+                       gpt2: LayerNorm, learned positions, plain MLP
+    num_kv_heads       key and value heads, shared by groups of query heads; None: as many as query heads
+    intermediate_size  width of the MLP; None: 4 x hidden_size for gpt2, and for the gated ones 8/3 x hidden_size
+                       rounded up to a multiple of 8, which has as many parameters
+    max_positions      longest document
+    dropout            of attention weights; for gpt2 of embeddings and residuals too
+    rope_theta         base of the rotary frequencies; None: 10,000
+    initializer_range  standard deviation of the initial weights; a small one starts the loss at ln(vocab_size)
+    attention          sdpa (fused kernels) or eager
+
+    The model ends documents with `eos_token_id`. Padding has an embedding like any token: where it is also the EOS,
+    the EOS stays trained. Raises ConfigError, naming the key, for sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        architecture: Literal["llama", "qwen3", "gpt2"],
+        hidden_size: int,
+        num_layers: int,
+        num_heads: int,
+        *,
+        vocab_size: int,
+        eos_token_id: int | Sequence[int],
+        pad_token_id: int,
+        num_kv_heads: int | None = None,
+        intermediate_size: int | None = None,
+        max_positions: int = 512,
+        tie_embeddings: bool = False,
+        dropout: float = 0.0,
+        rope_theta: float | None = None,
+        initializer_range: float = 0.02,
+        attention: Literal["sdpa", "eager"] = "sdpa",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = {"hidden_size": hidden_size, "num_layers": num_layers, "num_heads": num_heads}
+        checked = {**sizes, "max_positions": max_positions, "vocab_size": vocab_size}
+        if intermediate_size is not None:
+            checked["intermediate_size"] = intermediate_size
+        _check_sizes(checked, num_kv_heads, architecture)
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"model.dropout is {dropout}; expected a probability in [0, 1)")
+        if not 0 < initializer_range <= 1:
+            raise ConfigError(f"model.initializer_range is {initializer_range}; expected a deviation in (0, 1]")
+        common = {
+            "vocab_size": vocab_size,
+            "initializer_range": initializer_range,
+            "tie_word_embeddings": tie_embeddings,
+            "bos_token_id": None,
+            "eos_token_id": eos_token_id if isinstance(eos_token_id, int) else list(eos_token_id),
+            "attn_implementation": attention,
+        }
+        if architecture == "gpt2":
+            _refuse_for_gpt2(num_kv_heads=num_kv_heads, rope_theta=rope_theta)
+            config = _gpt2(**sizes, inner=intermediate_size, positions=max_positions, dropout=dropout, common=common)
+        else:
+            config = _rotary(
+                architecture,
+                **sizes,
+                num_kv_heads=num_kv_heads,
+                intermediate_size=intermediate_size or gated_width(hidden_size),
+                theta=DEFAULT_ROPE_THETA if rope_theta is None else rope_theta,
+                positions=max_positions,
+                dropout=dropout,
+                common=common,
+            )
+        self.vocab_size, self.max_positions = vocab_size, max_positions
+        self.model = _from_config(config, pad_token_id)
+        if gradient_checkpointing:
+            enable_gradient_checkpointing(self.model)
+
+    def exported(self) -> Any:
+        return self.model
+
+
+def one_document_a_row(position_BT: Tensor, segment_BT: Tensor) -> bool:
+    """Whether every row is one document from its first place, with nothing but padding behind it.
+
+    False on the meta device, where values cannot be read: FLOPs are counted with the mask.
+    """
+    if segment_BT.is_meta:
+        return False
+    inside_BT = segment_BT != 0
+    place_T = torch.arange(segment_BT.shape[1], device=segment_BT.device)
+    right_padded = (segment_BT <= 1).all() & (segment_BT.diff(dim=1) <= 0).all()
+    return bool(right_padded & ((position_BT == place_T) | ~inside_BT).all())
+
+
+def same_document_and_before(segment_BT: Tensor) -> Tensor:
+    """bool [B, 1, T, T], True where the query's place (third) may attend to the key's (last).
+
+    Padding attends to the padding before it, so that no row of the softmax is empty.
+    """
+    length = segment_BT.shape[1]
+    before_TT = torch.ones(length, length, dtype=torch.bool, device=segment_BT.device).tril()
+    return ((segment_BT[:, :, None] == segment_BT[:, None, :]) & before_TT)[:, None]
+
+
+def gated_width(hidden_size: int) -> int:
+    """Width of a gated MLP (three matrices) with the parameters of a plain one of 4 x hidden_size (two)."""
+    return -(-8 * hidden_size // 3 // 8) * 8
+
+
+def enable_gradient_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass instead of keeping them."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
+
+def set_generation_ids(model: Any, eos_token_id: int | Sequence[int], pad_token_id: int) -> None:
+    """What `generate` and a server stop at and fill with; kept in generation_config.json alone.
+
+    `config.pad_token_id` stays unset: transformers would freeze that row of the embedding at zero, EOS or not.
+    """
+    from transformers import GenerationConfig
+
+    ids = eos_token_id if isinstance(eos_token_id, int) else list(eos_token_id)
+    model.generation_config = GenerationConfig(eos_token_id=ids, pad_token_id=pad_token_id)
+
+
+def write_folder(model: Any, folder: Path) -> None:
+    """`save_pretrained` in one file, without a progress bar."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model.save_pretrained(folder, max_shard_size="1TB")
+
+
+def _from_config(config: Any, pad_token_id: int) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    set_generation_ids(model, config.eos_token_id, pad_token_id)
+    return model.train()
+
+
+def _rotary(
+    architecture: str,
+    *,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int | None,
+    intermediate_size: int,
+    theta: float,
+    positions: int,
+    dropout: float,
+    common: dict[str, Any],
+) -> Any:
+    from transformers import LlamaConfig, Qwen3Config
+
+    config_class = LlamaConfig if architecture == "llama" else Qwen3Config
+    return config_class(
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads or num_heads,
+        head_dim=hidden_size // num_heads,
+        intermediate_size=intermediate_size,
+        max_position_embeddings=positions,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        attention_dropout=dropout,
+        **common,
+    )
+
+
+def _gpt2(
+    *,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    inner: int | None,
+    positions: int,
+    dropout: float,
+    common: dict[str, Any],
+) -> Any:
+    from transformers import GPT2Config
+
+    return GPT2Config(
+        n_embd=hidden_size,
+        n_layer=num_layers,
+        n_head=num_heads,
+        n_inner=inner or 4 * hidden_size,
+        n_positions=positions,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        **common,
+    )
+
+
+def _check_sizes(sizes: dict[str, int], num_kv_heads: int | None, architecture: str) -> None:
+    if architecture not in ARCHITECTURES:
+        raise ConfigError(f"model.architecture is {architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"model.{name} is {size}; expected at least 1")
+    width, heads = sizes["hidden_size"], sizes["num_heads"]
+    if width % heads or (architecture != "gpt2" and width // heads % 2):
+        even = "" if architecture == "gpt2" else " of even width, since rotary positions turn pairs"
+        raise ConfigError(f"model.hidden_size is {width} and model.num_heads is {heads}; expected whole heads{even}")
+    if num_kv_heads is not None and (num_kv_heads < 1 or heads % num_kv_heads):
+        raise ConfigError(f"model.num_kv_heads is {num_kv_heads}; expected a divisor of model.num_heads={heads}")
+
+
+def _refuse_for_gpt2(**options: float | None) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"model.{name} is {value}, which gpt2 does not have; leave it out")
