@@ -13,7 +13,7 @@ from research.generation.cost import DecoderFlops, GenerationCost
 from research.generation.decoding import Drawn, LiveBatch, decode
 from research.generation.distribution import check_sampling
 from research.models.modes import eval_mode, parameters_as
-from research.models.weights import count_parameters, weights_sha256
+from research.models.weights import weights_sha256
 from research.records import Completion, Sampling
 from research.seeding import rng_for, seed_for
 
@@ -78,7 +78,7 @@ class LocalGenerator(AbstractGenerator):
         return {
             "kind": "local",
             "architecture": type(self._model).__name__,
-            "parameters": count_parameters(self._model),
+            "parameters": sum(parameter.numel() for parameter in self._model.parameters()),
             "weights_sha256": weights_sha256(self._network),
             "dtype": str(self._dtype or next(self._model.parameters()).dtype).removeprefix("torch."),
             "eos_ids": sorted(self._eos_ids),

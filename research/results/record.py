@@ -151,8 +151,11 @@ def hash_config(config: Mapping[str, Any]) -> str:
 
 
 def is_secret(key: str) -> bool:
-    """Whether a value under this key must not be written: api_key, hf_token, password; not eos_token or max_tokens."""
-    return bool(_SECRET.search(key)) and not _SPECIAL_TOKEN.search(key)
+    """Whether a value under this key must not be written: api_key, hf_token, password.
+
+    Not eos_token or max_tokens, nor api_key_env: the name of the variable that holds a key is no key.
+    """
+    return bool(_SECRET.search(key)) and not _SPECIAL_TOKEN.search(key) and not key.lower().endswith("_env")
 
 
 def mask_secrets(config: Any) -> Any:

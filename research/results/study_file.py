@@ -81,7 +81,7 @@ def _requires(fields: Fields) -> dict[str, Requirement]:
         entry = group.child(name)
         entry.only(("command", "overrides"))
         found[name] = Requirement(
-            name, entry.choice("command", ("train", "cache", "evaluate")), entry.texts("overrides", ())
+            name, entry.choice("command", ("train", "cache", "traces")), entry.texts("overrides", ())
         )
     return found
 

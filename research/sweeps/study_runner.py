@@ -29,8 +29,10 @@ from research.sweeps.grammar import quoted
 from research.sweeps.jobs import cache_cell, cache_is_complete, train_cell
 from research.sweeps.progress import StudyProgress
 from research.sweeps.secrets import refuse_secret_overrides
+from research.sweeps.traces_job import traces_are_complete, traces_cell
+from research.traces.manifest import MANIFEST_FILE
 
-TASKS: dict[str, TaskFunction] = {"train": train_cell, "cache": cache_cell}
+TASKS: dict[str, TaskFunction] = {"train": train_cell, "cache": cache_cell, "traces": traces_cell}
 QUIET = ("hydra/hydra_logging=disabled", "hydra/job_logging=quiet")
 QUIET_TRAIN = ("trainer.enable_progress_bar=false", "logger=none", "keep_checkpoints=false", "ckpt_path=last")
 
@@ -48,6 +50,8 @@ class Job:
         """Whether the folder holds a completed run of exactly these overrides."""
         if self.command == "cache":
             return cache_is_complete(self.folder)
+        if self.command == "traces":
+            return (self.folder / MANIFEST_FILE).exists() and traces_are_complete(self.folder)
         path = self.folder / "run.json"
         if not path.exists():
             return False
@@ -138,7 +142,8 @@ class StudyRunner:
     def _job(self, name: str, command: str, overrides: Sequence[str], folder: Path) -> Job:
         if command not in TASKS:
             raise ConfigError(f"{self.study.path}: {name} is a run of {command!r}; expected one of {', '.join(TASKS)}")
-        fixed = QUIET_TRAIN if command == "train" else (f"cache_dir={quoted(str(folder))}",)
+        where = {"cache": f"cache_dir={quoted(str(folder))}", "traces": f"store={quoted(str(folder))}"}
+        fixed = QUIET_TRAIN if command == "train" else (where[command],)
         return Job(name, command, (*fixed, *overrides), folder)
 
     def _check(self, jobs: list[Job]) -> None:

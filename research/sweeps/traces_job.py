@@ -14,7 +14,7 @@ from research.models.weights import save_tokenizer
 from research.results.record import RunRecord, collect_versions, git_revision, hardware, write_record
 from research.schemas import check_root
 from research.sweeps.jobs import _prepare
-from research.sweeps.traces_parts import Parts, build_parts
+from research.sweeps.traces_parts import Parts, build_parts, stored_codec
 from research.traces.explorer import write_explorer
 from research.traces.manifest import StoreManifest, read_manifest
 from research.traces.progress import TraceProgress
@@ -43,6 +43,13 @@ def traces_job(cfg: DictConfig, *, show_progress: bool = False) -> Path:
             write_explorer(TraceStore(folder, verify=False), parts.codec, folder / EXPLORER_FILE)
     log.info("%s traces in %s: %s", manifest.tally.kept, folder, record.metrics)
     return folder
+
+
+def rebuild_explorer(folder: Path) -> Path:
+    """Write the page of a finished store again, from the store alone."""
+    store = TraceStore(folder)
+    codec = stored_codec(store.manifest.settings, folder / TOKENIZER_FOLDER)
+    return write_explorer(store, codec, folder / EXPLORER_FILE)
 
 
 def traces_cell(cfg: DictConfig) -> str:

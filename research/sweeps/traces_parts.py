@@ -227,6 +227,22 @@ def _codec(cfg: DictConfig, task: AbstractTask, trace_format: str, known: Mappin
     return Codec(tokenizer, _made_template(cfg, tokenizer, node), trace_format=trace_format, max_tokens=2**20)
 
 
+def stored_codec(settings: Mapping[str, Any], tokenizer_folder: Path) -> Codec | None:
+    """The codec that a store was written with; None for one without tokens."""
+    if not tokenizer_folder.is_dir() or not settings.get("template"):
+        return None
+    tokenizer = build_tokenizer(str(tokenizer_folder))
+    template = make(dict(settings["template"]), "template")
+    template = template(tokenizer=tokenizer) if isinstance(template, partial) else template
+    return Codec(
+        tokenizer,
+        template,
+        trace_format=settings.get("trace_format") or "chain_then_answer",
+        max_tokens=2**20,
+        allow_empty_chain=True,
+    )
+
+
 def _tokenizer_folder(cfg: DictConfig) -> str | None:
     """The folder that holds the teacher's tokenizer; None for a teacher that is not in a folder."""
     if cfg.source != "teacher" or not cfg.teacher.path:

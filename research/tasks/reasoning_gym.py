@@ -48,7 +48,8 @@ WORKED_OUT = ("countdown", "puzzle24")  # the whole answer is a sum that the sco
 class ReasoningGym(AbstractTask):
     """One data set of reasoning-gym, by name.
 
-    Items are drawn in blocks whose starts are hashed from (seed, block), so that neighbouring seeds share none; repeats are left out; the split of a problem is a hash of its text.
+    Items are drawn in blocks whose starts are hashed from (seed, block), so that neighbouring seeds share none; repeats
+    are left out; the split of a problem is a hash of its text. What is drawn is kept: val and test take ten draws each.
 
     An answer is CORRECT where it is the reference, up to blanks around it. Another answer (of a problem with several
     solutions) is CORRECT only where the package's scorer gives exactly 1.0, and

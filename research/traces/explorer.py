@@ -6,7 +6,7 @@ wrote is shown and never becomes markup.
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -58,17 +58,26 @@ def write_explorer(store: TraceStore, codec: Codec | None, path: str | Path, *, 
 def _of_every_reason(store: TraceStore, num_traces: int) -> list[StoredTrace]:
     """The first dropped traces of each reason, so that a rare one is not hidden behind a common one."""
     reasons = store.manifest.tally.dropped
-    room = dict.fromkeys(reasons, -(-num_traces // max(1, len(reasons))))
+    room = _shared_out(reasons, num_traces)
     found: list[StoredTrace] = []
     for name, shard in store.manifest.shards.items():
-        if not any(room[reason] for reason in shard.tally.dropped):
+        if shard.rows == shard.tally.kept or not any(room[reason] for reason in shard.tally.dropped):
             continue
         for row in store.rows_of(name, kept=False):
             if row.reason is not None and room.get(row.reason, 0):
                 room[row.reason] -= 1
                 found.append(row)
     order = {reason: number for number, reason in enumerate(reasons)}
-    return sorted(found, key=lambda row: order[str(row.reason)])[:num_traces]
+    return sorted(found, key=lambda row: order[str(row.reason)])
+
+
+def _shared_out(reasons: Mapping[str, int], num_traces: int) -> dict[str, int]:
+    """Places for each reason: equal ones, and what the rare reasons leave to the others."""
+    room, left = {}, num_traces
+    for number, (reason, count) in enumerate(sorted(reasons.items(), key=lambda item: item[1])):
+        room[reason] = min(count, left // (len(reasons) - number))
+        left -= room[reason]
+    return room
 
 
 def page(

@@ -12,14 +12,19 @@ from research.schemas import SCHEMAS, EvaluationConfig
 
 ROOT_KEYS = {
     "train": {
-        "name", "seed", "data", "task", "template", "student", "teacher", "reference", "signal_transform",
-        "method", "optimizer", "scheduler", "trainer", "logger", "paths", "evaluation", "ckpt_path", "monitor", "compile", "threads",
-        "keep_checkpoints", "tags",
+        "name", "seed", "data", "task", "template", "student", "teacher", "reference", "signal_transform", "method",
+        "optimizer", "scheduler", "trainer", "logger", "paths", "evaluation", "ckpt_path", "monitor", "compile",
+        "threads", "keep_checkpoints", "tags",
     },
     "cache": {
         "name", "seed", "data", "teacher", "paths", "cache_dir", "split", "top_k", "dtype", "shard_rows", "threads",
     },
     "evaluate": {"name", "seed", "run", "split", "data", "reference", "batch_size", "sampling", "paths"},
+    "convert": {"name", "source", "format", "output", "paths"},
+    "traces": {
+        "name", "seed", "source", "task", "template", "teacher", "generator", "data", "sampling", "filters",
+        "corruption", "store", "keep_dropped", "block_problems", "explorer", "paths", "threads",
+    },
     "convert": {"name", "source", "format", "output", "paths"},
     "study": {"name", "folder", "preset", "overrides", "runs_dir", "report", "paths"},
     "report": {"name", "folder", "preset", "paths"},
@@ -31,7 +36,7 @@ def keys_of(schema: type) -> set[str]:
 
 
 def test_p124_commands() -> None:
-    assert COMMANDS == ("train", "cache", "evaluate", "study", "report")
+    assert COMMANDS == ("train", "cache", "traces", "evaluate", "convert", "study", "report")
     assert set(SCHEMAS) == set(COMMANDS)
 
 

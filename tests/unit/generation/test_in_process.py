@@ -246,6 +246,11 @@ def test_p65_new_weights_are_sampled_and_named_at_once(language_model: Build, sp
     assert after == texts(written(fresh, prompts, SAMPLED)) and after != before
     assert generator.identity == fresh.identity != name
     assert generator.identity["weights_sha256"] == weights_sha256(model)
+    size = generator.identity["parameters"]
+    assert (
+        size == model.num_parameters()
+        and LocalGenerator(model.requires_grad_(False), spelled).identity["parameters"] == size
+    )
 
 
 def test_autocast_of_the_caller_keeps_its_gradients(language_model: Build, spelled: Any) -> None:

@@ -1,5 +1,6 @@
 """The client against a real HTTP server on this machine that misbehaves on demand."""
 
+import ast
 import asyncio
 import contextlib
 import json
@@ -416,6 +417,28 @@ def test_p117_wrong_arguments_are_refused(arguments: dict[str, Any], told: str) 
     assert "pw" not in str(raised.value)
 
 
+def test_p117_nothing_of_the_package_listens(repository: Path) -> None:
+    servers = {
+        "socket",
+        "socketserver",
+        "http.server",
+        "wsgiref",
+        "fastapi",
+        "uvicorn",
+        "flask",
+        "aiohttp",
+        "starlette",
+    }
+    for path in (repository / "research").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        named |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+        calls = {
+            node.func.attr for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        }
+        assert not named & servers and not calls & {"create_server", "start_server", "listen"}, path
+
+
 def test_one_index_twice_is_refused(server: Any) -> None:
     with pytest.raises(ValueError, match="prompt 0 is given twice"):
         client(server).generate([PROMPTS[0], PROMPTS[0]], SAMPLED)
@@ -458,10 +481,10 @@ def transformers_serve(language_model: Callable[..., Any], tmp_path: Path) -> It
 
 
 @pytest.mark.slow
-def test_p117_transformers_serve_writes_what_the_local_model_writes(
+def test_transformers_serve_writes_what_the_local_model_writes(
     transformers_serve: tuple[str, str], language_model: Callable[..., Any]
 ) -> None:
-    """The same greedy text as in process; seeds that hold; and a listener on loopback alone."""
+    """The same greedy text as in process, and seeds that hold."""
     from transformers import AutoTokenizer
 
     from research.generation.in_process import LocalGenerator

@@ -1,9 +1,13 @@
 """What templates write, to the letter, and what they read out of text that may hold anything."""
 
+from pathlib import Path
+
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from research.arguments import locate_target
 from research.text.template import LAYOUTS, AbstractTemplate, Parsed
 from research.text.templates import Alpaca, Plain, Think
 
@@ -152,3 +156,19 @@ def test_an_unknown_layout_is_refused(template: AbstractTemplate) -> None:
         template.completion("5", "9", "chain_first")
     with pytest.raises(ValueError, match="layout='chain_first'"):
         template.parse("5#9", "chain_first")
+
+
+def test_every_choice_of_the_config_is_a_template(repository: Path) -> None:
+    choices = {
+        path.stem: yaml.safe_load(path.read_text())["_target_"]
+        for path in (repository / "conf/template").glob("*.yaml")
+    }
+    built = {
+        name: target and locate_target(target, "template", ("research.text.",))() for name, target in choices.items()
+    }
+    assert {name: type(template).__name__ for name, template in built.items()} == {
+        "plain": "Plain",
+        "alpaca": "Alpaca",
+        "think": "Think",
+        "none": "NoneType",
+    }

@@ -90,7 +90,8 @@ def test_repetition_drops_a_loop_and_keeps_an_argument() -> None:
     [
         ("a", "latin"), ("é", "latin"), ("ß", "latin"), ("π", "greek"), ("ж", "cyrillic"), ("数", "han"),
         ("か", "kana"), ("カ", "kana"), ("한", "hangul"), ("ع", "arabic"), ("ש", "hebrew"), ("न", "devanagari"),
-        ("ไ", "thai"), ("5", None), (" ", None), ("+", None), ("√", None), ("𝑥", None), ("µ", None), ("😀", None),
+        ("ไ", "thai"), ("5", None), (" ", None), ("+", None), ("√", None), ("\U0001d465", None), ("µ", None),
+        ("😀", None),
     ],
 )  # fmt: skip
 def test_scripts_of_characters(character: str, script: str | None) -> None:
@@ -143,7 +144,13 @@ def test_a_duplicate_is_what_was_kept_before() -> None:
 
 
 def test_duplicates_are_compared_normalised_or_exactly() -> None:
-    texts = ["Add THREE\n\nand  six", "add three and six", "ADD three and ſix", "add  three and six ", "add three, six"]
+    texts = [
+        "Add THREE\n\nand  six",
+        "add three and six",
+        "ADD three and \u017fix",
+        "add  three and six ",
+        "add three, six",
+    ]
     assert kept_of(build_filters(["duplicates"]), [candidate(text) for text in texts]) == [
         True, False, False, False, True,
     ]  # fmt: skip
@@ -199,7 +206,12 @@ def test_contamination_by_brute_force() -> None:
 
 def test_the_first_reason_counts() -> None:
     nodes = [{"name": "answer_key"}, {"name": "length", "max_tokens": 4}, {"name": "code_blocks"}]
-    given = [("```", Verdict.WRONG, 9), ("```", Verdict.CORRECT, 9), ("```", Verdict.CORRECT, 3), ("a", Verdict.CORRECT, 3)]
+    given = [
+        ("```", Verdict.WRONG, 9),
+        ("```", Verdict.CORRECT, 9),
+        ("```", Verdict.CORRECT, 3),
+        ("a", Verdict.CORRECT, 3),
+    ]
 
     def reasons(order: list[dict[str, Any]]) -> Counter[str | None]:
         chain = build_filters(order)

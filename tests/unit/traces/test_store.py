@@ -110,7 +110,10 @@ def test_blocks_that_are_on_disk_are_not_written_again(rows: Rows, count: Count,
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("data/*")}
     store_rows(tmp_path, SETTINGS, [])
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("data/*")}
-    with StoreWriter(tmp_path, SETTINGS) as writer, pytest.raises(StoreError, match="is finished; nothing can be added"):
+    with (
+        StoreWriter(tmp_path, SETTINGS) as writer,
+        pytest.raises(StoreError, match="is finished; nothing can be added"),
+    ):
         writer.write([], Tally())
 
 
@@ -141,9 +144,9 @@ def test_a_killed_writer_leaves_whole_shards_and_no_lock(rows: Rows, shards: int
 
 
 def test_two_writers_on_one_store_are_refused(tmp_path: Path) -> None:
-    with StoreWriter(tmp_path, SETTINGS):
-        with pytest.raises(StoreError, match=rf"another process \(process {os.getpid()}\) writes into the store"):
-            StoreWriter(tmp_path, SETTINGS).__enter__()
+    told = rf"another process \(process {os.getpid()}\) writes into the store"
+    with StoreWriter(tmp_path, SETTINGS), pytest.raises(StoreError, match=told):
+        StoreWriter(tmp_path, SETTINGS).__enter__()
     with StoreWriter(tmp_path, SETTINGS) as writer:
         assert writer.finished == 0, "the lock goes with its holder"
 
@@ -233,7 +236,11 @@ def test_what_is_no_store_is_refused(rows: Rows, make_store: Callable[..., Path]
         TraceStore(tmp_path)
     folder = make_store(tmp_path / "store", rows)
     plain = json.loads((folder / "manifest.json").read_text())
-    for content, told in (("{", "is not the manifest"), ("[]", "is not the manifest"), ('{"a": 1}', "is not the manif")):
+    for content, told in (
+        ("{", "is not the manifest"),
+        ("[]", "is not the manifest"),
+        ('{"a": 1}', "is not the manif"),
+    ):
         (folder / "manifest.json").write_text(content)
         with pytest.raises(StoreError, match=told):
             TraceStore(folder)
@@ -257,7 +264,7 @@ def test_a_full_disk_keeps_the_finished_shards(
         writer.write(*blocks[0])
         with monkeypatch.context() as patched:
             patched.setattr("os.replace", full)
-            with pytest.raises(StoreError, match="No space left on device.*the 1 finished shards are kept"):
+            with pytest.raises(StoreError, match=r"No space left on device.*the 1 finished shards are kept"):
                 writer.write(*blocks[1])
     assert not list((tmp_path / "data").glob(".*"))
     with StoreWriter(tmp_path, SETTINGS) as writer:
@@ -267,7 +274,9 @@ def test_a_full_disk_keeps_the_finished_shards(
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-def test_reading_holds_one_row_group(make_rows: Callable[..., Rows], make_store: Callable[..., Path], tmp_path: Path) -> None:
+def test_reading_holds_one_row_group(
+    make_rows: Callable[..., Rows], make_store: Callable[..., Path], tmp_path: Path
+) -> None:
     """Python's own memory of a pass does not grow with the store; 4 shards of 4 row groups each."""
     rows = make_rows(["x" * 200] * (4 * ROW_GROUP_ROWS))
     folder = make_store(tmp_path / "store", rows * 4, block=len(rows))
