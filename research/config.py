@@ -32,6 +32,7 @@ ALLOWED_PREFIXES: tuple[str, ...] = (
     "research.tasks.",
     "research.text.",
     "research.generation.",
+    "research.loops.",
     "research.methods.",
     "research.teachers.",
     "torch.optim.",

@@ -69,6 +69,7 @@ class TrainConfig:
     method: Any = MISSING
     optimizer: Any = MISSING
     scheduler: Any = MISSING
+    loop: Any = MISSING
     trainer: Any = MISSING
     logger: Any = MISSING
     paths: PathsConfig = field(default_factory=PathsConfig)

@@ -1,7 +1,9 @@
 """Problems with their written solutions: what every language method is trained, validated and evaluated on."""
 
+import copy
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from research.text.tokenizer import build_tokenizer, tokenizer_sha256
 from research.traces.reading import read_traces
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-NEEDS_CHAIN = frozenset(TRACE_FORMATS) - {"answer_only"}
+HELD_OUT = "held_out"  # a trace of a problem that validation or test poses
 
 
 class TraceData(L.LightningDataModule):
@@ -33,11 +35,12 @@ class TraceData(L.LightningDataModule):
     trace_format      the arm of every ablation: chain_then_answer | answer_then_chain | answer_only | ...
     prompt_loss_weight   what a prompt's token counts in the loss, 0 to 1
     num_train         traces to train on, the first of the store or of the task; None: all
-    num_val, num_test problems of the task's own validation and test splits
+    num_val, num_test problems of the task's own validation and test splits; None: all
     problem_seed      which problems a generated task draws; ``format_seed``: which chains are shuffled and swapped
     seed              order of the documents
     tokenizer         characters | bpe | a pretrained folder or hub id; vocab_size for bpe, trained on the train texts
-    max_tokens        longest document; a longer one is dropped and counted, never cut
+    max_tokens        longest document; a longer one is dropped and counted, never cut. So is a trace of a problem that
+                      validation or test poses (``held_out``)
     batch_size        documents per optimizer step, over all ranks and accumulated micro-batches
     packed_to, length_grouping   see :class:`TokenLoader`
 
@@ -55,8 +58,8 @@ class TraceData(L.LightningDataModule):
         trace_format: str = "chain_then_answer",
         prompt_loss_weight: float = 0.0,
         num_train: int | None = 20_000,
-        num_val: int = 500,
-        num_test: int = 1000,
+        num_val: int | None = 500,
+        num_test: int | None = 1000,
         problem_seed: int = 0,
         format_seed: int = 0,
         tokenizer: str = "characters",
@@ -67,7 +70,7 @@ class TraceData(L.LightningDataModule):
         length_grouping: int = 0,
     ) -> None:
         super().__init__()
-        least_of = {"batch_size": (batch_size, 1), "num_val": (num_val, 0), "num_test": (num_test, 0)}
+        least_of = {"batch_size": (batch_size, 1), "num_val": (num_val or 0, 0), "num_test": (num_test or 0, 0)}
         for key, (value, least) in {**least_of, "max_tokens": (max_tokens, 2)}.items():
             if value < least:
                 raise ConfigError(f"data.{key} is {value}; expected at least {least}")
@@ -120,6 +123,19 @@ class TraceData(L.LightningDataModule):
             "tokenizer_sha256": tokenizer_sha256(codec.tokenizer),
         }
 
+    @property
+    def num_validation(self) -> int:
+        """Number of validation problems."""
+        return len(self.problems("val"))
+
+    def with_traces(self, traces: Sequence[Trace], seed: int) -> "TraceData":
+        """The same data with other traces to train on, in an order of ``seed``; problems and codec are shared."""
+        other = copy.copy(self)
+        other.seed, other._traces, other._store = seed, list(traces), None
+        kept: dict[Split, list[Document]] = {"val": self.documents("val")}
+        other._documents, other._skipped = kept, {"val": self._skipped["val"]}
+        return other
+
     def problems(self, split: Split) -> list[Problem]:
         """The problems of a split, by rising index. Those of train are the task's, whatever the store holds."""
         if split not in self._problems:
@@ -139,14 +155,28 @@ class TraceData(L.LightningDataModule):
         """The encoded documents of a split; what could not be encoded is counted in :meth:`summary`."""
         if split not in self._documents:
             traces = self.traces() if split == "train" else [reference_trace(p) for p in self.problems(split)]
+            held_out = 0
             if split == "train":
+                traces, held_out = self._without_held_out(traces)
                 traces = arrange(traces, self.trace_format, self._format_seed, self.codec.template.step_separator)
             documents, skipped = self.codec.encode_all(traces)
+            if held_out:
+                skipped[HELD_OUT] = held_out
             self._documents[split], self._skipped[split] = documents, skipped
             if split == "train" and not documents:
                 told = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
                 raise DataError(f"none of {len(traces)} traces can be encoded as {self.trace_format}: {told}")
         return self._documents[split]
+
+    def _without_held_out(self, traces: list[Trace]) -> tuple[list[Trace], int]:
+        """The traces whose problem is none of validation or test, and how many others there were.
+
+        Problems are compared by their words: a store of other people's traces does not know this task's splits.
+        """
+        asked = [*self.problems("val"), *self.problems("test")]
+        held_out = {_words(problem.text) for problem in asked}
+        kept = [trace for trace in traces if _words(trace.problem) not in held_out]
+        return kept, len(traces) - len(kept)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and encode what training and validation need; test problems are drawn when they are asked for."""
@@ -230,6 +260,10 @@ class TraceData(L.LightningDataModule):
 
     def _read_store(self) -> list[Trace]:
         return read_traces(Path(str(self._store)), num=self._num["train"])
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def reference_trace(problem: Problem) -> Trace:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import torch
@@ -35,6 +35,19 @@ from research.teachers.load import NETWORK_FOLDER
 RECORD_FILE = "run.json"
 
 
+class FitLoop(Protocol):
+    """Several fits in the place of one; leaves the final weights in the method's student, and its counters summed.
+
+    metrics   of the loop's own stages, beside those of the final student
+    rollout   flops, tokens and seconds of what the student wrote meanwhile
+    """
+
+    metrics: dict[str, float]
+    rollout: dict[str, float | None]
+
+    def run(self, method: AbstractMethod, interrupt: StopOnInterrupt, run_dir: Path) -> FitOutcome: ...
+
+
 @dataclass
 class TrainingRun:
     """What one run needs beyond its trainer.
@@ -42,6 +55,7 @@ class TrainingRun:
     config      resolved plain config, for the record; `experiment`, `command`, `overrides` likewise
     reference   the network that fidelity is measured against; None: the method's own teacher where it is live
     variants    name -> a datamodule whose test split is scored under `test_<name>`
+    loop        what runs several fits where one would be; None: one call of Lightning's fit
     """
 
     run_dir: Path
@@ -53,6 +67,7 @@ class TrainingRun:
     config: dict[str, Any]
     command: str
     overrides: list[str]
+    loop: FitLoop | None = None
 
     def __post_init__(self) -> None:
         self.started_at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
@@ -88,7 +103,10 @@ class TrainingRun:
                 resume = resume_path(self.config["ckpt_path"], self.run_dir)
                 # dropout follows the seed, whatever was drawn before in this process
                 torch.manual_seed(seed_for(self.config["seed"], "training", trainer.global_rank))
-                outcome = fit(trainer, self.method, self.data, interrupt, resume)
+                if self.loop is None:
+                    outcome = fit(trainer, self.method, self.data, interrupt, resume)
+                else:
+                    outcome = self.loop.run(self.method, interrupt, self.run_dir)
                 outcome.raise_if_stopped(self.run_dir)
                 return self._finish(trainer, outcome)
         except Preempted as error:
@@ -120,6 +138,7 @@ class TrainingRun:
             monitor, score = getattr(callback, "monitor", None), getattr(callback, "best_model_score", None)
             if monitor is not None and score is not None:
                 metrics[f"{monitor}_best"] = float(score)
+        metrics |= {} if self.loop is None else self.loop.metrics
         record = self._write(outcome, metrics, artifacts, student_sha256)
         if isinstance(self.data, TraceData):
             write_model_card(folder, asdict(record))
@@ -203,7 +222,7 @@ class TrainingRun:
                 "tokens": float(method.tokens_seen),
                 "seconds": method.earlier_seconds + outcome.seconds - method.teacher_seconds,
             },
-            "rollout": nothing,
+            "rollout": nothing if self.loop is None else self.loop.rollout,
             "teacher_scoring": nothing,
             "teacher_training": nothing,
         }

@@ -19,11 +19,22 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from research.config import Parts, build, build_data, build_logger, build_teacher, build_trainer, plain
+from research.config import (
+    Parts,
+    build,
+    build_data,
+    build_logger,
+    build_teacher,
+    build_trainer,
+    expect_kind,
+    make,
+    plain,
+)
 from research.data.base import AbstractClassData
 from research.data.traces import TraceData
 from research.errors import ConfigError, Preempted
 from research.loops.fit import ReportProgress, StopOnInterrupt, profiler_into
+from research.loops.self_taught_plan import SelfTaughtPlan
 from research.loops.training import TrainingRun
 from research.results.record import RunRecord, collect_versions, git_revision, hardware, write_record
 from research.schemas import check_root
@@ -38,7 +49,7 @@ log = logging.getLogger(__name__)
 def train_job(cfg: DictConfig) -> RunRecord:
     """Fit, evaluate, record; the run folder is Hydra's output directory."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    _prepare(cfg)
+    prepare_process(cfg)
     with _sole_owner(run_dir):
         parts = build(cfg)
         _check_evaluation(cfg, parts)
@@ -53,6 +64,7 @@ def train_job(cfg: DictConfig) -> RunRecord:
             command="distill train",
             overrides=list(HydraConfig.get().overrides.task),
         )
+        run.loop = _loop(cfg, parts)
         interrupt = StopOnInterrupt()
         fast = bool(cfg.trainer.fast_dev_run)
         late: dict[str, Any] = {
@@ -75,6 +87,18 @@ def train_job(cfg: DictConfig) -> RunRecord:
         return record
 
 
+def _loop(cfg: DictConfig, parts: Parts) -> Any:
+    """What runs several fits where the config asks for it; None for one fit."""
+    if not plain(cfg.loop).get("_target_"):
+        return None
+    from research.sweeps.self_taught_job import SelfTaughtLoop
+
+    plan = expect_kind(make(cfg.loop, "loop"), "loop", SelfTaughtPlan)
+    if not isinstance(parts.data, TraceData):
+        raise ConfigError("loop=self_taught needs problems with an answer key: data=traces and a task")
+    return SelfTaughtLoop(cfg, parts.data, plan)
+
+
 def train_cell(cfg: DictConfig) -> float | None:
     """A train job inside a study or sweep: a stop by a signal ends the whole launch, not this job alone."""
     check_root(cfg, "train")
@@ -89,7 +113,7 @@ def cache_job(cfg: DictConfig, *, show_progress: bool = False) -> Path:
     from rich.progress import Progress
 
     started_at, started = dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), time.perf_counter()
-    _prepare(cfg)
+    prepare_process(cfg)
     data = build_data(cfg)
     data.setup()
     if isinstance(data, TraceData):
@@ -166,7 +190,7 @@ def cache_is_complete(folder: Path) -> bool:
     return (folder / "run.json").exists() and read_manifest(folder).complete
 
 
-def _prepare(cfg: DictConfig) -> None:
+def prepare_process(cfg: DictConfig) -> None:
     """Process-wide settings: threads, and the chatter of libraries kept to what a user can act on."""
     refuse_secrets(cfg, Path(HydraConfig.get().runtime.output_dir) / str(HydraConfig.get().output_subdir))
     if cfg.threads is not None:

@@ -13,7 +13,7 @@ from research.config import plain
 from research.models.weights import save_tokenizer
 from research.results.record import RunRecord, collect_versions, git_revision, hardware, write_record
 from research.schemas import check_root
-from research.sweeps.jobs import _prepare
+from research.sweeps.jobs import prepare_process
 from research.sweeps.traces_parts import Parts, build_parts, stored_codec
 from research.traces.explorer import write_explorer
 from research.traces.manifest import StoreManifest, read_manifest
@@ -29,7 +29,7 @@ NOTHING: dict[str, float | None] = {"flops": 0.0, "tokens": 0.0, "seconds": 0.0}
 def traces_job(cfg: DictConfig, *, show_progress: bool = False) -> Path:
     """Write, or go on with, one store; returns its folder, which holds the record."""
     started_at, started = dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), time.perf_counter()
-    _prepare(cfg)
+    prepare_process(cfg)
     folder = Path(cfg.store or f"{HydraConfig.get().runtime.output_dir}/store")
     parts = build_parts(cfg, folder)
     with StoreWriter(folder, parts.settings) as writer:

@@ -82,12 +82,12 @@ def ensemble(
 
 def cached(path: str | None, *, teacher_sha256: str | None = None, **facts: Unpack[DataFacts]) -> CachedTeacher:
     """`teacher=cached teacher.path=...`: signals written by `distill cache`; `teacher_sha256` pins whose."""
-    teacher = CachedTeacher(Path(_given(path)), expected_teacher_sha256=teacher_sha256)
     if "num_classes" not in facts:
         raise ConfigError(
             "teacher=cached holds one signal for each row of a classification split, and these data are text; "
             "choose teacher=frozen"
         )
+    teacher = CachedTeacher(Path(_given(path)), expected_teacher_sha256=teacher_sha256)
     if teacher.num_classes != facts["num_classes"]:
         raise CheckpointError(
             f"the cache {path} holds {teacher.num_classes} classes, the data have {facts['num_classes']}"

@@ -6,7 +6,7 @@ of these through, a step verifier none.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, combinations
 
 import torch
 
@@ -104,22 +104,14 @@ Spoilt = tuple[list[str], int] | None  # the steps and the answer, None where th
 
 def wrong_step(known: Sum, draw: Draw) -> Spoilt:
     """One total is wrong and everything after it follows from it: one invalid step, a wrong answer."""
-    step = draw(len(known.totals))
-    shift = _shift(known, range(step, len(known.totals)), draw)
-    if shift is None:
-        return None
-    totals = [total + shift * (place >= step) for place, total in enumerate(known.totals)]
-    return _written(known, totals), totals[-1]
+    end = len(known.totals)
+    return _shifted(known, [range(step, end) for step in range(end)], draw)
 
 
 def compensating_pair(known: Sum, draw: Draw) -> Spoilt:
     """One total is wrong, and a later error undoes it: two invalid steps, the right answer."""
-    first, second = _two_places(len(known.totals), draw) if len(known.totals) > 1 else (0, 0)
-    shift = _shift(known, range(first, second), draw)
-    if shift is None:
-        return None
-    totals = [total + shift * (first <= place < second) for place, total in enumerate(known.totals)]
-    return _written(known, totals), totals[-1]
+    pairs = combinations(range(len(known.totals)), 2)
+    return _shifted(known, [range(first, second) for first, second in pairs], draw)
 
 
 def skipped_step(known: Sum, draw: Draw) -> Spoilt:
@@ -190,17 +182,20 @@ def _written(known: Sum, totals: Sequence[int]) -> list[str]:
     return written
 
 
-def _shift(known: Sum, places: range, draw: Draw) -> int | None:
-    """An error, not 0, that leaves the totals at these places within what their digits can write."""
-    if not places:
+def _shifted(known: Sum, stretches: Sequence[range], draw: Draw) -> Spoilt:
+    """One of these stretches of totals, all off by the same error, which is not 0.
+
+    Stretches for which every error would leave what the digits can write are not drawn.
+    """
+    possible = [(stretch, shifts) for stretch in stretches if (shifts := _shifts(known, stretch))]
+    if not possible:
         return None
-    inside = [known.totals[place] for place in places]
-    valid = [shift for shift in range(-min(inside), known.highest - max(inside) + 1) if shift != 0]
-    return valid[draw(len(valid))] if valid else None
+    stretch, shifts = possible[draw(len(possible))]
+    shift = shifts[draw(len(shifts))]
+    totals = [total + shift * (place in stretch) for place, total in enumerate(known.totals)]
+    return _written(known, totals), totals[-1]
 
 
-def _two_places(number: int, draw: Draw) -> tuple[int, int]:
-    """Two distinct places below ``number``, in order, every pair equally likely."""
-    first, second = draw(number), draw(number - 1)
-    second += second >= first
-    return min(first, second), max(first, second)
+def _shifts(known: Sum, stretch: range) -> list[int]:
+    inside = [known.totals[place] for place in stretch]
+    return [shift for shift in range(-min(inside), known.highest - max(inside) + 1) if shift != 0]

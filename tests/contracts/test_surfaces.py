@@ -13,7 +13,7 @@ from research.schemas import SCHEMAS, EvaluationConfig
 ROOT_KEYS = {
     "train": {
         "name", "seed", "data", "task", "template", "student", "teacher", "reference", "signal_transform", "method",
-        "optimizer", "scheduler", "trainer", "logger", "paths", "evaluation", "ckpt_path", "monitor", "compile",
+        "optimizer", "scheduler", "loop", "trainer", "logger", "paths", "evaluation", "ckpt_path", "monitor", "compile",
         "threads", "keep_checkpoints", "tags",
     },
     "cache": {

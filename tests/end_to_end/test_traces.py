@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from research.errors import StoreError
 from research.models.build import build_network, describe
 from research.models.weights import save_network, save_tokenizer
 from research.results.record import RunRecord, read_record
@@ -99,7 +100,8 @@ def test_a_killed_run_goes_on_and_gives_the_rows_of_one_that_was_not(
         os.kill(process.pid, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL, "it was still at work"
     assert 1 <= len(list(shards.glob("shard-*"))) < 4
-    assert "is not finished" in distill("train", "experiment=sum5_trace", "data.store=cut", cwd=tmp_path).error
+    with pytest.raises(StoreError, match="is not finished"):
+        read_traces(tmp_path / "cut")
     resumed = distill(*written, "store=cut", cwd=tmp_path)
     assert resumed.code == 0 and resumed.out.replace(" cut", " whole").replace("cut/", "whole/") == whole.out
     assert rows_in(tmp_path / "cut") == rows_in(tmp_path / "whole") and len(rows_in(tmp_path / "whole")) == 120
@@ -322,7 +324,7 @@ def test_a_server_that_dies_loses_and_doubles_nothing(
         (["source=reference", "task=sum5", "template=plain", "filters=[{name: length}]"], "judges by tokens"),
         (["source=reference", "task=sum5", "template=plain", "+corruption.wrong_steps=1"], "nearest valid: corruption"),
         (["source=reference", "task=addition", "template=plain", "+corruption.wrong_step=1"], "running totals"),
-        (["source=reference", "task=sum5", "template=plain", "data.trace_format=chain"], "data.trace_format is 'chain'"),
+        (["source=reference", "task=sum5", "template=plain", "data.trace_format=chain"], "trace_format is 'chain'"),
         (["source=reference", "task=sum5", "template=plain", "data.split=training"], "data.split is 'training'"),
         (["source=reference", "task=sum5", "template=plain", "data.num_problems=null"], "give how many"),
         (["source=reference", "task=sum5", "template=plain", "filters=[contamination]"], "give how many"),

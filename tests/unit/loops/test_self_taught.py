@@ -253,8 +253,9 @@ def test_the_base_is_left_alone(tmp_path) -> None:
 def test_p81_a_kill_at_any_moment_changes_nothing(tmp_path, restart) -> None:
     """Within a block, between blocks, tries, steps of the fit, fit and evaluation, and between iterations."""
     whole, clock = tmp_path / "whole", Clock()
-    options = {"restart": restart, "problems": PROBLEMS[:10], "block_problems": 4, "iterations": 2}
+    options = {"restart": restart, "problems": PROBLEMS[:10], "block_problems": 2, "iterations": 2}
     expected = loop(clock, **options)[0].run(whole)
+    assert len(TraceStore(whole / "iteration_01" / "traces").manifest.shards) >= 5 + 2  # several blocks of either try
     for kill_at in range(1 + 3 * restart, clock.now + 1, 6):
         folder = tmp_path / f"killed_{kill_at}"
         with pytest.raises(Killed):
@@ -280,6 +281,16 @@ def test_a_resumed_loop_does_nothing_twice(tmp_path) -> None:
     assert [steps for _, steps, _ in further.calls] == [8]
 
 
+def test_a_finished_fit_is_not_fitted_again(tmp_path) -> None:
+    clock = Clock()
+    loop(clock, iterations=1)[0].run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        loop(Clock(clock.now), iterations=1)[0].run(tmp_path / "killed")  # the last event is the evaluation
+    again, fit = loop(iterations=1)
+    record = again.run(tmp_path / "killed").records[1]
+    assert fit.calls == [] and record["seconds"]["fit"] is None and record["metrics"] != {}
+
+
 def test_blocks_do_not_change_what_is_kept(tmp_path) -> None:
     """Every problem has its own stream, so the size of a block is only how often something is saved."""
     small = collector(block_problems=4).collect(Solver(Skills(), Clock()), tmp_path / "small", {}, 3)
@@ -297,6 +308,20 @@ def test_hints_are_drawn_apart_for_every_problem_and_iteration() -> None:
     assert all(HINTS.is_given(0, problem) for problem in PROBLEMS)
     fewer = [half.is_given(0, problem) for problem in PROBLEMS[::3]]
     assert fewer == drawn[0][::3]
+
+
+def test_every_try_of_every_iteration_draws_anew(tmp_path) -> None:
+    """A problem that failed by its random numbers must not fail by the same ones again."""
+    seeds = []
+
+    class Noted(Solver):
+        def generate(self, prompts, sampling):
+            seeds.append(sampling.seed)
+            return super().generate(prompts, sampling)
+
+    options = {"generator_for": lambda network: Noted(network, Clock()), "fit_student": Fit(Clock())}
+    SelfTaught(Skills(), collector(block_problems=100), Schedule(3, 5), **options).run(tmp_path)
+    assert len(seeds) == len(set(seeds)) == 6
 
 
 def test_without_hints_nobody_is_asked_twice(tmp_path) -> None:

@@ -69,6 +69,17 @@ def test_p43_packed_logits_are_those_of_each_document_alone(architecture: str, a
         torch.testing.assert_close(found, alone(network, document), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_p43_the_segment_alone_says_who_sees_whom(architecture: str, attention: str) -> None:
+    """Positions that run on over the row hide no boundary: rotary positions are relative, so logits stay the same."""
+    network = small(architecture, attention=attention)
+    a, b = documents((5, 6))
+    ids, _, segment = packed([[a, b]], 11)
+    logits_BTV = network(ids, torch.arange(11)[None], segment)
+    torch.testing.assert_close(logits_BTV[0, 5:], alone(network, b), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_p43_packed_gradients_are_the_sum_of_each_document_s(architecture: str) -> None:
     network = small(architecture)

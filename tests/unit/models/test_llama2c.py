@@ -80,8 +80,13 @@ def test_the_known_ids_of_a_sentence(loaded: tuple[Any, Any]) -> None:
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 1, 0)
 
 
+def test_perplexity_of_a_few_stories(loaded: tuple[Any, Any], stories: list[str]) -> None:
+    assert perplexity(*loaded, stories[:20]) == pytest.approx(3.571, abs=0.002)
+
+
+@pytest.mark.slow
 def test_perplexity_of_the_sample_s_first_200_stories(loaded: tuple[Any, Any], stories: list[str]) -> None:
-    """4.38, as the data's own README says."""
+    """The 4.38 of the data's own README."""
     assert perplexity(*loaded, stories[:200]) == pytest.approx(4.384, abs=0.002)
 
 
@@ -136,7 +141,7 @@ DIM, HIDDEN, LAYERS, HEADS, KV_HEADS, VOCAB, POSITIONS = 8, 12, 2, 2, 1, 263, 16
 
 
 def write_source(folder: Path, *, shared: bool = True, keep: int | None = None) -> dict[str, torch.Tensor]:
-    """A random checkpoint and a tokenizer of bytes, two letters and a space; returns the matrices by llama2.c's names."""
+    """A random checkpoint, and a tokenizer of bytes, two letters and a space; returns the matrices by name."""
     generator = torch.Generator().manual_seed(0)
     kv = DIM // HEADS * KV_HEADS
     shapes = {
@@ -245,3 +250,32 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, source: Path) -
     (tmp_path / "tok.bin").write_bytes((source / "tok512.bin").read_bytes())
     with pytest.raises(CheckpointError, match=r"tiny\.bin has 263 tokens, tok\.bin 512"):
         convert_llama2c(tmp_path, tmp_path / "out")
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_convert_writes_a_folder_and_overwrites_none(distill: Callable[..., Any], tmp_path: Path) -> None:
+    write_source(tmp_path / "source")
+    done = distill("convert", "source", "output=out", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.code == 0 and "parameters and the tokenizer in out" in done.out, done.err
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == VOCAB
+    again = distill("convert", "source=source", "output=out", "hydra.run.dir=run", cwd=tmp_path)
+    assert "output is out, which holds a model already" in again.error
+    done = distill("convert", "source", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.code == 0 and (tmp_path / "run" / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "source is None; give the folder"),
+        (("source=nowhere",), "source is 'nowhere'; give the folder"),
+        (("format=gguf",), "format is 'gguf'. Valid: llama2c"),
+        (("sourse=x",), "unknown key 'sourse'; nearest valid: source"),
+    ],
+)
+def test_convert_names_what_is_wrong(
+    arguments: tuple[str, ...], message: str, distill: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert message in distill("convert", *arguments, "hydra.run.dir=run", cwd=tmp_path).error

@@ -11,7 +11,13 @@ from research.tasks.arithmetic import ChainedSums
 from research.tasks.base import StepReport
 from research.traces.corruptions import CHANNELS, Corruption, corrupt, read_sum
 
-TASKS = [ChainedSums(), ChainedSums(num_terms=3), ChainedSums(num_terms=4, highest=999), ChainedSums(verbose=True)]
+TASKS = [
+    ChainedSums(),
+    ChainedSums(num_terms=3),
+    ChainedSums(num_terms=4, highest=999),
+    ChainedSums(verbose=True),
+    ChainedSums(8, 9),
+]
 
 
 def trace_of(problem: Problem, sample: int = 0) -> Trace:
@@ -35,7 +41,7 @@ def spoilt(task: ChainedSums, channel: str, num: int = 200) -> list[tuple[Proble
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_a_wrong_step_makes_one_invalid_step_and_a_wrong_answer(task: ChainedSums) -> None:
     found = spoilt(task, "wrong_step")
-    assert len(found) > 190
+    assert len(found) == 200
     for problem, trace, report, verdict in found:
         assert verdict is Verdict.WRONG and report.num_steps - report.num_valid == 1 and not report.skipped
         assert report.result == trace.answer != problem.answer, "the answer is what the wrong chain gives"
@@ -45,7 +51,7 @@ def test_a_wrong_step_makes_one_invalid_step_and_a_wrong_answer(task: ChainedSum
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_a_compensating_pair_makes_two_invalid_steps_and_the_right_answer(task: ChainedSums) -> None:
     found = spoilt(task, "compensating_pair")
-    assert len(found) > 190
+    assert len(found) == 200
     for problem, trace, report, verdict in found:
         assert verdict is Verdict.CORRECT and trace.answer == problem.answer == report.result
         assert report.num_steps - report.num_valid == 2 and not report.skipped and not report.valid
@@ -55,7 +61,7 @@ def test_a_compensating_pair_makes_two_invalid_steps_and_the_right_answer(task: 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_a_skipped_step_leaves_no_wrong_one(task: ChainedSums) -> None:
     found = spoilt(task, "skipped_step")
-    assert len(found) > 190
+    assert len(found) > 190  # but for sums of which every term that could be jumped is 0
     for _, _, report, verdict in found:
         assert verdict is Verdict.CORRECT and report.skipped and not report.valid
         assert report.num_steps == task.num_terms - 2
@@ -72,7 +78,7 @@ def test_a_lucky_guess_breaks_the_chain_and_hits_the_answer(task: ChainedSums) -
         assert report.num_steps - report.num_valid >= 2, "the guess, and the step that hits the answer from it"
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+@pytest.mark.parametrize("task", TASKS[:4], ids=lambda task: task.name)
 def test_a_lost_carry_is_repaired_in_the_next_step(task: ChainedSums) -> None:
     found = spoilt(task, "lost_carry")
     assert len(found) > 50
@@ -84,6 +90,10 @@ def test_a_lost_carry_is_repaired_in_the_next_step(task: ChainedSums) -> None:
         assert right[-1] == wrong[-1]
 
 
+def test_totals_of_one_digit_have_no_carry_to_lose() -> None:
+    assert spoilt(ChainedSums(8, 9), "lost_carry") == []
+
+
 def test_a_lost_carry_by_hand() -> None:
     """17+35 = 52 loses its ten; 52-08 borrows and loses that; 44+11 has neither; 55+09 is last and left alone."""
     trace = Trace("17+35-08+11+09", "52;44;55;64", "64", 0)
@@ -92,7 +102,7 @@ def test_a_lost_carry_by_hand() -> None:
 
 def test_a_compensating_pair_by_hand() -> None:
     trace = Trace("17+32+31-60-06", "49;80;20;14", "14", 0)
-    draws = iter([0, 1, 0])  # first place, second (of those left): steps 0 and 2; the smallest shift
+    draws = iter([1, 0])  # the pair of steps 0 and 2, the smallest shift
     changed = corrupt(trace, "compensating_pair", lambda below: next(draws))
     assert changed.chain == "00;31;20;14" and changed.answer == "14"
 

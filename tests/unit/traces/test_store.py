@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from pyarrow import parquet
 
@@ -277,17 +278,25 @@ def test_a_full_disk_keeps_the_finished_shards(
 def test_reading_holds_one_row_group(
     make_rows: Callable[..., Rows], make_store: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Python's own memory of a pass does not grow with the store; 4 shards of 4 row groups each."""
+    """Memory of a pass, Python's and Arrow's, does not grow with store or shard; 4 shards of 4 row groups each."""
     rows = make_rows(["x" * 200] * (4 * ROW_GROUP_ROWS))
     folder = make_store(tmp_path / "store", rows * 4, block=len(rows))
-    assert parquet.ParquetFile(folder / "data" / "shard-00000.parquet").num_row_groups == 4
-    peaks = []
+    with parquet.ParquetFile(folder / "data" / "shard-00000.parquet") as file:
+        assert file.num_row_groups == 4
+        one_shard = file.read().nbytes
+    peaks, arrow_peaks = [], []
     for shards in (1, 4):
         store = TraceStore(folder, verify=False)
-        names = list(store.manifest.shards)[:shards]
+        before, arrow, number = pyarrow.total_allocated_bytes(), 0, 0
         tracemalloc.start()
-        number = sum(1 for name in names for _ in store.rows_of(name))
+        for name in list(store.manifest.shards)[:shards]:
+            for _ in store.rows_of(name):
+                number += 1
+                if number % 100 == 0:
+                    arrow = max(arrow, pyarrow.total_allocated_bytes() - before)
         peaks.append(tracemalloc.get_traced_memory()[1])
+        arrow_peaks.append(arrow)
         tracemalloc.stop()
         assert number == shards * len(rows)
     assert peaks[1] < 1.3 * peaks[0] and peaks[0] < 4_000_000, peaks
+    assert max(arrow_peaks) < 0.5 * one_shard, (arrow_peaks, one_shard)

@@ -1,0 +1,147 @@
+"""A self-teaching run from a composed config: the loop, with Lightning's fit as its fine-tuning."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from research.config import build, build_trainer, plain
+from research.data.traces import TraceData, reference_trace
+from research.errors import ConfigError
+from research.generation.in_process import LocalGenerator
+from research.loops.fit import LAST, FitOutcome, KeepLast, StopOnInterrupt, fit
+from research.loops.own_traces import Hints, OwnTraces
+from research.loops.scoring import write_and_grade
+from research.loops.self_taught import TRACES_FOLDER, Schedule, SelfTaught
+from research.loops.self_taught_plan import SelfTaughtPlan
+from research.methods.base import AbstractMethod
+from research.records import Sampling, Trace
+from research.results.record import write_atomic
+from research.seeding import seed_for
+from research.tasks.grading import Grader
+from research.traces.store import TraceStore
+
+SPENT_FILE = "spent.json"
+COUNTERS = ("rows_seen", "tokens_seen", "update_flops", "teacher_rows", "teacher_flops", "teacher_seconds")
+FOLDER = "self_taught"
+
+
+class SelfTaughtLoop:
+    """The ``loop`` of a training run: iterations of writing, grading and fine-tuning, each with its own record.
+
+    metrics   ``self_taught/<name>_<iteration>``: accuracy on validation problems, solved and kept problems, the share
+              of kept chains with a wrong step where steps can be checked
+    """
+
+    def __init__(self, cfg: DictConfig, data: TraceData, plan: SelfTaughtPlan) -> None:
+        if data.num_validation == 0:
+            raise ConfigError("loop=self_taught measures every iteration on validation problems; data.num_val is 0")
+        self._cfg, self._data, self._plan = cfg, data, plan
+        self._interrupt: StopOnInterrupt | None = None
+        self.metrics: dict[str, float] = {}
+        self.rollout: dict[str, float | None] = {"flops": 0.0, "tokens": 0.0, "seconds": 0.0}
+
+    def run(self, method: AbstractMethod, interrupt: StopOnInterrupt, run_dir: Path) -> FitOutcome:
+        """Run, or go on with, the loop in ``run_dir/self_taught``; the last student's weights end in ``method``."""
+        started, self._interrupt = time.perf_counter(), interrupt
+        folder = run_dir / FOLDER
+        result = self._loop(method.student).run(folder)
+        method.student.load_state_dict(result.student.state_dict())
+        for spent in self._spent(folder):
+            for name in COUNTERS:
+                setattr(method, name, getattr(method, name) + spent[name])
+        self._account(folder, result.records)
+        return FitOutcome("completed", None, time.perf_counter() - started)
+
+    def _loop(self, base: nn.Module) -> SelfTaught:
+        plan, data = self._plan, self._data
+        problems = data.problems("train")
+        needed = plan.num_problems + plan.num_anchors
+        if needed > len(problems):
+            raise ConfigError(
+                f"loop.num_problems + loop.num_anchors is {needed}, the data have {len(problems)} train problems; "
+                "raise data.num_train"
+            )
+        codec = data.codec
+        limit = plan.max_new_tokens or data.max_tokens
+        collector = OwnTraces(
+            codec,
+            Grader(data.task, codec.template, codec.layout),
+            problems[: plan.num_problems],
+            sampling=Sampling(plan.num_samples, plan.sampling_temperature, plan.top_p, limit),
+            hints=Hints(plan.hint_probability, plan.hint_format),
+        )
+        return SelfTaught(
+            base,
+            collector,
+            Schedule(plan.iterations, plan.first_steps, plan.growth, plan.restart, int(self._cfg.seed)),
+            generator_for=lambda network: LocalGenerator(
+                network, codec.tokenizer, eos_ids=codec.eos_ids, pad_id=codec.pad_id
+            ),
+            fit_student=self._fit_student,
+            evaluate=self._accuracy,
+            anchors=[reference_trace(problem) for problem in problems[plan.num_problems : needed]],
+            identity={name: plain(self._cfg[name]) for name in ("method", "optimizer", "scheduler")},
+        )
+
+    def _fit_student(
+        self, traces: Sequence[Trace], steps: int, init_weights: Mapping[str, Tensor], folder: Path
+    ) -> nn.Module:
+        """``steps`` optimizer steps by Lightning; goes on from the folder's own checkpoint where one is left."""
+        if self._interrupt is None:
+            raise RuntimeError("the loop has not been started; call run")
+        iteration = int(folder.parent.name.rpartition("_")[2])
+        seed = seed_for(int(self._cfg.seed), "self_taught_fit", iteration)
+        method, data = build(self._cfg).method, self._data.with_traces(traces, seed)
+        method.student.load_state_dict(dict(init_weights))
+        options = {**plain(self._cfg.trainer), "max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
+        quiet = {"logger": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+        callbacks = [KeepLast(folder), self._interrupt]
+        trainer = build_trainer(
+            {**options, "enable_progress_bar": False}, default_root_dir=str(folder), callbacks=callbacks, **quiet
+        )
+        torch.manual_seed(seed_for(seed, "training"))
+        last = folder / LAST
+        outcome = fit(trainer, method, data, self._interrupt, str(last) if last.exists() else None)
+        outcome.raise_if_stopped(folder)
+        spent = {name: getattr(method, name) for name in COUNTERS}
+        write_atomic(folder / SPENT_FILE, json.dumps(spent).encode())
+        last.unlink(missing_ok=True)
+        return method.student
+
+    def _accuracy(self, network: nn.Module) -> dict[str, float]:
+        limit = self._plan.max_new_tokens or self._data.max_tokens
+        sampling = Sampling(max_new_tokens=limit)
+        found = write_and_grade(network, self._data, self._data, "val", sampling, "val").metrics
+        chosen = ("val/accuracy", "val/process_valid_pass_at_1", "val/step_validity")
+        by_level = [name for name in found if name.startswith("val/accuracy_level_")]
+        return {name: found[name] for name in (*chosen, *by_level) if name in found}
+
+    def _spent(self, folder: Path) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text()) for path in sorted(folder.glob(f"iteration_*/fit/{SPENT_FILE}"))]
+
+    def _account(self, folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
+        """The ledger of what was written, and the metrics of every iteration."""
+        for path in sorted(folder.glob(f"iteration_*/{TRACES_FOLDER}")):
+            manifest = TraceStore(path).manifest
+            self._add("flops", manifest.flops)
+            self._add("tokens", float(manifest.tally.tokens))
+            self._add("seconds", manifest.seconds)
+        for record in records:
+            number = f"{record['iteration']:02d}"
+            for name, value in (record["metrics"] or {}).items():
+                self.metrics[f"self_taught/{name.removeprefix('val/')}_{number}"] = float(value)
+            for origin, rate in (record["false_positives"] or {}).items():
+                if isinstance(rate, int | float):
+                    self.metrics[f"self_taught/false_positives_{origin}_{number}"] = float(rate)
+            if record["documents"] is not None:
+                self.metrics[f"self_taught/documents_{number}"] = float(record["documents"])
+
+    def _add(self, name: str, value: float | None) -> None:
+        before = self.rollout[name]
+        self.rollout[name] = None if before is None or value is None else before + value

@@ -1,0 +1,162 @@
+"""reasoning-gym: what is refused, how strictly it is graded, which of its scorers would run text as code."""
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from research.errors import ConfigError
+from research.records import Problem, Verdict
+from research.tasks import reasoning_gym as module
+from research.tasks.drawing import SPLITS
+from research.tasks.reasoning_gym import DATA_ONLY, REFUSED, ReasoningGym
+
+package = pytest.importorskip("reasoning_gym")
+
+
+@pytest.mark.parametrize("dataset", sorted(REFUSED))
+def test_p76_p77_what_cannot_be_trusted_is_refused_with_the_reason(dataset: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(REFUSED[dataset])):
+        ReasoningGym(dataset)
+
+
+def test_p77_everything_without_a_reference_answer_is_refused() -> None:
+    """Asked of the package itself, where drawing one problem is cheap."""
+    for dataset in ("boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"):
+        assert package.create_dataset(dataset, seed=1, size=1)[0]["answer"] is None and dataset in REFUSED
+
+
+def test_p78_the_version_is_that_of_the_distribution() -> None:
+    assert ReasoningGym().version == version("reasoning-gym")
+
+
+def test_p73_every_scorer_that_runs_text_is_known() -> None:
+    """Read from the installed source: a new release with another such scorer fails here."""
+    found = set()
+    evaluates = re.compile(r"(?<![\w.])(?:eval|exec|parse_expr|sympify)\(|(?:sp|sympy)\.(?:parse_expr|sympify)\(")
+    for path in Path(package.__file__).parent.rglob("*.py"):
+        source = path.read_text()
+        scorer = source.partition("def score_answer")[2].partition("\n    def ")[0]
+        if evaluates.search(scorer.replace('eval(entry["answer"])', "")):
+            found.add(path.stem)
+    assert found <= set(DATA_ONLY) | set(REFUSED) | {"propositional_logic"}, found
+    assert {"countdown", "string_insertion", "simple_integration"} <= found
+
+
+@pytest.mark.parametrize("dataset", sorted(DATA_ONLY))
+def test_p73_hostile_answers_reach_no_scorer(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, proof = ReasoningGym(dataset), tmp_path / "proof"
+    item = package.create_dataset(dataset, seed=3, size=1)[0]
+    problem = Problem(0, item["question"], item["answer"], details={"metadata": item["metadata"]})
+    assert task.verify(problem, problem.answer) is Verdict.CORRECT
+    asked: list[str] = []
+    scorer = task._scorer.score_answer
+    monkeypatch.setattr(task._scorer, "score_answer", lambda text, entry: asked.append(text) or scorer(text, entry))
+    for hostile in (f"__import__('pathlib').Path({str(proof)!r}).touch()", "9**9**9**9", "[open]", "exit()"):
+        assert task.verify(problem, hostile) is Verdict.UNPARSED
+    assert not proof.exists() and asked == []
+    assert task.counts == {"refused: no plain data": 4}
+
+
+def test_p70_containment_earns_nothing_although_the_package_pays_for_it() -> None:
+    task = ReasoningGym("letter_counting")
+    problem = Problem(0, "How many?", "8", details={"metadata": {}})
+    entry = {"question": "", "answer": "8", "metadata": {}}
+    assert task._scorer.score_answer("18", entry) == 0.5, "the fault this guards against"
+    told = {text: task.verify(problem, text) for text in ("8", " 8 ", "18", "the answer is 8", "9", "", "8 8")}
+    assert [text for text, verdict in told.items() if verdict is Verdict.CORRECT] == ["8", " 8 "]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "spoil"),
+    [
+        ("knights_knaves", "not {}"),
+        ("gsm_symbolic", "the answer is not {}"),
+        ("survo", "not {}"),
+        ("game_of_life_halting", "xqzt"),
+        ("sokoban", "xqzt{}"),
+        ("kakurasu", "the answer is {}"),
+    ],
+)
+def test_p70_scorers_that_believe_anything_are_not_believed(dataset: str, spoil: str) -> None:
+    task = ReasoningGym(dataset)
+    items = package.create_dataset(dataset, seed=1, size=6)
+    lenient = 0
+    for number in range(6):
+        item = items[number]
+        problem = Problem(0, item["question"], item["answer"], details={"metadata": item["metadata"]})
+        spoilt = spoil.format(item["answer"])
+        lenient += task._scorer.score_answer(spoilt, item) == 1.0
+        assert task.verify(problem, spoilt) is not Verdict.CORRECT
+        assert task.verify(problem, item["answer"]) is Verdict.CORRECT
+    assert lenient > 0, "the package's own scorer gives full marks"
+
+
+def test_another_solution_is_correct_where_the_scorer_works_it_out() -> None:
+    task = ReasoningGym("countdown")
+    metadata = {"numbers": [2, 3, 10], "target": 16, "expression": "2*3 + 10"}
+    problem = Problem(0, "Make 16.", "2*3 + 10", details={"metadata": metadata})
+    told = [task.verify(problem, text) for text in ("2*3 + 10", "10 + 3*2", "(2*3 + 10)", "2*3", "2*3 + 10 + 0", "16")]
+    assert told == [Verdict.CORRECT] * 3 + [Verdict.WRONG] * 3
+
+
+def test_partial_credit_earns_nothing() -> None:
+    task = ReasoningGym("mini_sudoku")
+    item = package.create_dataset("mini_sudoku", seed=1, size=1)[0]
+    problem = Problem(0, item["question"], item["answer"], details={"metadata": item["metadata"]})
+    spoilt = item["answer"][:-1] + ("1" if item["answer"][-1] != "1" else "2")
+    assert task._scorer.score_answer(spoilt, item) > 0.8
+    assert task.verify(problem, spoilt) is Verdict.WRONG
+
+
+def test_numbers_are_compared_without_tolerance() -> None:
+    task = ReasoningGym("decimal_arithmetic")
+    item = {"question": "q", "answer": "3.14159", "metadata": {"decimal_places": 6, "num_terms": 2}}
+    problem = Problem(0, "q", "3.14159", details={"metadata": item["metadata"]})
+    assert task.verify(problem, "3.141590") is Verdict.CORRECT
+    assert task.verify(problem, "3.1416") is Verdict.WRONG
+
+
+def test_p71_what_a_scorer_raises_is_counted_and_never_wrong() -> None:
+    task = ReasoningGym("prime_factorization")
+    item: dict[str, Any] = package.create_dataset("prime_factorization", seed=1, size=1)[0]
+    problem = Problem(0, item["question"], item["answer"], details={"metadata": item["metadata"]})
+    assert task.verify(problem, "xqzt") is Verdict.UNPARSED
+    assert task.counts == {"scorer raised ValueError": 1}
+
+
+def test_p71_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'research-distillation\[tasks\]'"):
+        ReasoningGym()
+
+
+def test_options_are_the_packages_own() -> None:
+    task = ReasoningGym("chain_sum", {"min_terms": 3, "max_terms": 3})
+    for problem in task.problems("train", 20):
+        assert problem.details["metadata"]["num_terms"] == 3
+    with pytest.raises(ConfigError, match=r"task\.options is \{'min_term': 3\}.*chain_sum"):
+        ReasoningGym("chain_sum", {"min_term": 3})
+    with pytest.raises(ConfigError, match=r"\['seed'\]: they are ours"):
+        ReasoningGym("chain_sum", {"seed": 3})
+    with pytest.raises(ConfigError, match=r"task\.dataset is 'chain_sums'; expected one of .*chain_sum,"):
+        ReasoningGym("chain_sums")
+
+
+def test_a_small_space_ends() -> None:
+    task = ReasoningGym("coin_flip", {"min_trials": 3, "max_trials": 5})
+    held = {}
+    for split in SPLITS:
+        with pytest.raises(ValueError, match=r"holds only \d+ distinct") as told:
+            task.problems(split, 1000)
+        held[split] = int(str(told.value).split("only ")[1].split()[0])
+    assert 0 < sum(held.values()) < 100
+
+
+def test_the_order_in_which_splits_are_asked_for_changes_nothing() -> None:
+    one, other = ReasoningGym(), ReasoningGym()
+    forward = [one.problems(split, 20, 5) for split in SPLITS]
+    backward = [other.problems(split, 20, 5) for split in reversed(SPLITS)]
+    assert forward == backward[::-1]
