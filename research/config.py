@@ -40,6 +40,7 @@ ALLOWED_PREFIXES: tuple[str, ...] = (
     "lightning.pytorch.loggers.",
 )
 DataModule = AbstractClassData | TraceData
+UNSET = "???"  # how a config file says that a value must be given; `plain` leaves it as it is
 
 
 @dataclass
@@ -95,9 +96,9 @@ def build(cfg: DictConfig) -> Parts:
 def build_data(cfg: DictConfig, overrides: Mapping[str, Any] | None = None) -> DataModule:
     """The datamodule of a config, with some of its keys replaced; its order and views follow the run's seed.
 
-    overrides  keys of `data`, or with the prefix `task.` of `task`
+    overrides  keys of `data`, and those of `task` as :func:`flat_overrides` reads them
     """
-    given = dict(overrides or {})
+    given = flat_overrides(overrides or {})
     for_task = {key.removeprefix("task."): given.pop(key) for key in list(given) if key.startswith("task.")}
     late: dict[str, Any] = {"seed": cfg.seed}
     task, template = build_task(cfg, for_task), build_template(cfg)
@@ -109,6 +110,15 @@ def build_data(cfg: DictConfig, overrides: Mapping[str, Any] | None = None) -> D
     elif task is not None:
         raise ConfigError(f"task is {task.name}, which data=traces poses; these data are {node.get('_target_')}")
     return expect_kind(make(node, "data", **late), "data", (AbstractClassData, TraceData))
+
+
+def flat_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides of `data`, the task's own keys as `task.<key>`: a command line nests them (+data.task.num_terms=8)."""
+    flat = {key: value for key, value in overrides.items() if key != "task"}
+    nested = overrides.get("task", {})
+    if not isinstance(nested, Mapping):
+        raise ConfigError(f"data.task is {nested!r}; give keys of the task, such as +data.task.num_terms=8")
+    return flat | {f"task.{key}": value for key, value in nested.items()}
 
 
 def build_task(cfg: DictConfig, overrides: Mapping[str, Any] | None = None) -> AbstractTask | None:
@@ -175,6 +185,8 @@ def make(node: Any, key: str, **late: Any) -> Any:
     check_keys(arguments["_target_"], key, given)
     for name in given.keys() & late.keys():
         raise ConfigError(f"{key}.{name} is set by the run itself; leave it out of the config")
+    for name in (name for name, value in given.items() if value == UNSET):
+        raise ConfigError(f"{key}.{name} is not set, and has no default here; give {key}.{name}=...")
     # in a factory, null leaves a value to the run
     check_types(called, key, {name: value for name, value in given.items() if not (partial and value is None)})
     if not partial:

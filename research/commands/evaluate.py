@@ -23,7 +23,7 @@ def task(cfg: DictConfig) -> float:
 
     from omegaconf import OmegaConf
 
-    from research.config import build_data, plain
+    from research.config import build_data, flat_overrides, plain
     from research.data.traces import TraceData
     from research.errors import ConfigError
     from research.loops.scoring import Scores, class_scores, score_text
@@ -38,7 +38,7 @@ def task(cfg: DictConfig) -> float:
     record = read_record(folder / "run.json")
     if record.status != "completed":
         raise ConfigError(f"the run {folder} is {record.status} ({record.reason}); only a completed run has a student")
-    moved = plain(cfg.data)
+    moved = flat_overrides(plain(cfg.data))
     data = build_data(OmegaConf.create(record.config), moved)
     student = load_network(folder, **data.facts()).network
     changes = "".join(f"_{key}={value}" for key, value in sorted(moved.items()) if key != "data_dir")
@@ -46,7 +46,8 @@ def task(cfg: DictConfig) -> float:
     if isinstance(data, TraceData):
         if cfg.reference:
             raise ConfigError("reference compares classes; what a student writes is graded by its task: leave it out")
-        options = {**plain(cfg.sampling), "splits": [cfg.split]}
+        limit = cfg.sampling.max_new_tokens or record.config["evaluation"].get("max_new_tokens")  # the run's own
+        options = {**plain(cfg.sampling), "max_new_tokens": limit, "splits": [cfg.split]}
         scores: Scores = score_text(student, data, {}, options, folder / f"evaluation_{cfg.split}{changes}", cfg.seed)
     else:
         teacher = frozen(cfg.reference, **data.facts()) if cfg.reference else None
@@ -55,7 +56,7 @@ def task(cfg: DictConfig) -> float:
     path = folder / f"evaluation_{cfg.split}{changes}.json"
     told = {"run": record.config_hash, "data": moved, "metrics": scores.metrics, "omitted": scores.omitted}
     if isinstance(data, TraceData):
-        told["sampling"] = plain(cfg.sampling)
+        told["sampling"] = {name: value for name, value in options.items() if name != "splits"}
     path.write_text(json.dumps(told, indent=1) + "\n")
     for name, value in scores.metrics.items():
         print(f"{name:40s} {value:.6g}")

@@ -158,7 +158,8 @@ class TraceData(L.LightningDataModule):
             held_out = 0
             if split == "train":
                 traces, held_out = self._without_held_out(traces)
-                traces = arrange(traces, self.trace_format, self._format_seed, self.codec.template.step_separator)
+                separator = getattr(self.task, "step_separator", self.codec.template.step_separator)
+                traces = arrange(traces, self.trace_format, self._format_seed, separator)
             documents, skipped = self.codec.encode_all(traces)
             if held_out:
                 skipped[HELD_OUT] = held_out

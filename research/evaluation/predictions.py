@@ -1,14 +1,14 @@
 """One pass over a split: the student's logits and the teacher's signal for every item, in the order of the index."""
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from research.models.modes import eval_mode
 from research.records import ClassBatch, DenseLogits, TeacherSignal, TopKLogprobs
 
 
@@ -93,18 +93,6 @@ def gather(
     _check_index(index_N, expected_index_N, getattr(loader, "num_rows", None))
     predictions = Predictions(torch.cat(logits)[order_N], torch.cat(labels)[order_N], index_N)
     return Gathered(predictions, _joined(signals, order_N), student_s, teacher_s)
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; each submodule's own mode, which need not be its parent's, afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _device_of(module: nn.Module) -> torch.device | None:

@@ -143,7 +143,7 @@ class OwnTraces:
     def _write(
         self, writer: StoreWriter, generator: AbstractGenerator, block: Sequence[Problem], of: str, seed: int
     ) -> None:
-        started = time.perf_counter()
+        started, before = time.perf_counter(), _flops_spent(generator)
         texts = {problem.index: self.hints.text(problem) if of == RATIONALISED else problem.text for problem in block}
         sampling = replace(self.sampling, seed=seed_for(seed, of))
         written = write_completions(generator, self.codec, self.grader.template, texts, sampling)
@@ -156,7 +156,9 @@ class OwnTraces:
             dropped=dict(Counter(str(row.reason) for row in rows if not row.kept)),
             verdicts=dict(Counter(str(row.verdict) for row in rows)),
         )
-        writer.write(rows, tally, time.perf_counter() - started)
+        after = _flops_spent(generator)
+        flops = None if before is None or after is None else after - before
+        writer.write(rows, tally, time.perf_counter() - started, flops=flops)
 
     def _rows(self, problem: Problem, completions: Sequence[Completion], of: str) -> list[StoredTrace]:
         rows: list[StoredTrace] = []
@@ -192,3 +194,9 @@ class OwnTraces:
         if self.grader.layout == "answer_only" or not self.grader.task.checks_steps or grade.outcome == "unchecked":
             return None
         return grade.process_valid
+
+
+def _flops_spent(generator: AbstractGenerator) -> float | None:
+    """FLOPs that the generator has spent so far; None for one that does not know."""
+    spent = getattr(generator, "spent", None)
+    return None if spent is None else spent.flops

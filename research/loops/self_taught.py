@@ -173,7 +173,7 @@ class SelfTaught:
         settings = {"plan": self._plan, "iteration": iteration, "writer_sha256": writer_sha256}
         seed = seed_for(self._schedule.seed, "self_taught", iteration)
         rows = self._collector.collect(self._generator_for(writer), folder / TRACES_FOLDER, settings, seed)
-        collect_s = TraceStore(folder / TRACES_FOLDER).manifest.seconds
+        collect_s = TraceStore(folder / TRACES_FOLDER).manifest.cost["seconds"]
         traces = [*self._anchors, *(row.trace for row in rows if row.kept)]
         init = self._base if self._schedule.restart else writer
         record = {

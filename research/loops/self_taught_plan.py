@@ -8,8 +8,8 @@ class SelfTaughtPlan:
     """Settings of ``loop=self_taught``; the loop itself is :class:`research.loops.self_taught.SelfTaught`.
 
     iterations, first_steps, growth, restart   see ``Schedule``
-    num_problems       training problems that the student tries to solve in every iteration, the first of the data's own
-    num_anchors        gold chains in every training set beside its own solutions: the next ones of the data's problems
+    num_anchors        gold chains in every training set beside its own solutions: the first of the data's problems
+    num_problems       training problems that the student tries to solve in every iteration: the next ones
     hint_probability, hint_format    who of the failures is shown the answer, and how; see ``Hints``
     num_samples, sampling_temperature, top_p   how it writes; temperature 0 and one sample: greedily, as published
     max_new_tokens     length limit of a solution; null: the data's max_tokens

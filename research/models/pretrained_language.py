@@ -21,6 +21,8 @@ class PretrainedLanguageModel(AbstractLanguageModel):
     path          folder with config.json and safetensors weights, or a hub id such as "Qwen/Qwen2.5-0.5B"
     revision      commit of a hub id: a name alone may change under a study
     dtype         of the weights; auto: as they are stored
+    max_positions longest document; None: as the model's config says. A model of rotary positions has no weights for
+                  them and may be given more than it was pretrained with
     lora_rank     train adapters of this rank beside the frozen weights (Hu et al. 2021); None: train every weight
     lora_alpha    the adapters' product is scaled by alpha / rank; None: 2 x rank
     lora_targets  names of the layers that get an adapter, such as ["q_proj", "v_proj"]; None: every linear layer but
@@ -43,6 +45,7 @@ class PretrainedLanguageModel(AbstractLanguageModel):
         revision: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
         attention: Literal["sdpa", "eager"] = "sdpa",
+        max_positions: int | None = None,
         gradient_checkpointing: bool = False,
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
@@ -59,6 +62,8 @@ class PretrainedLanguageModel(AbstractLanguageModel):
             )
         if config.vocab_size > vocab_size:
             model.resize_token_embeddings(vocab_size)
+        if max_positions is not None:
+            _set_positions(config, max_positions)
         set_generation_ids(model, eos_token_id, pad_token_id)
         self.vocab_size, self.max_positions = vocab_size, getattr(config, "max_position_embeddings", None)
         if gradient_checkpointing:
@@ -109,6 +114,17 @@ def load_causal_model(
             "give the folder of a trained causal language model"
         )
     return model
+
+
+def _set_positions(config: Any, max_positions: int) -> None:
+    if max_positions < 1:
+        raise ConfigError(f"model.max_positions is {max_positions}; expected at least 1, or null for the model's own")
+    if not hasattr(config, "rope_parameters"):
+        raise ConfigError(
+            f"model.max_positions is {max_positions}, but a {config.model_type} has weights for each of its "
+            f"{config.max_position_embeddings} positions; leave it out"
+        )
+    config.max_position_embeddings = max_positions
 
 
 def _with_adapters(model: Any, rank: int, alpha: float | None, dropout: float, targets: Sequence[str] | None) -> Any:

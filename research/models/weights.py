@@ -72,13 +72,13 @@ def _save_language_model(
     if half:
         state = {n: t.half().to(t.dtype) if t.is_floating_point() else t for n, t in state.items()}
         plain = copy.deepcopy(plain).half()
-    for leftover in folder.glob("model*.safetensors*"):
-        leftover.unlink()
     write_folder(plain, folder)
     network = dict(architecture.get("network", {}))
     if "path" not in network:
         return _state_sha256(state), architecture
     base = {name: network[name] for name in ("path", "revision") if network.get(name) is not None}
+    if Path(base["path"]).exists():
+        base["path"] = Path(base["path"]).name  # where it lay on this machine means nothing elsewhere
     kept = {name: value for name, value in network.items() if name != "revision" and not name.startswith("lora_")}
     return _state_sha256(state), {**architecture, "network": {**kept, "path": SELF}, "base": base}
 

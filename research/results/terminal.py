@@ -11,15 +11,21 @@ from research.results.statistics import summarise
 from research.results.study import cells
 from research.results.study_file import read_study
 
-COLUMNS = ("errors", "agreement_at_1", "ece", "nll")
-HEADS = {"errors": "errors", "agreement_at_1": "agreement", "ece": "calibration error", "nll": "NLL"}
+HEADS = {
+    "errors": "errors",
+    "step_validity": "valid steps",
+    "chain_answer_agreement": "chain gives answer",
+    "agreement_at_1": "agreement",
+    "ece": "calibration error",
+    "nll": "NLL",
+}
 
 
 def study_table(study_dir: str | Path, preset: str | None = None) -> str:
     """Mean and 95 % interval (Student's t over seeds) of the usual metrics per arm and level, and the mean seconds.
 
-    Metrics are those of the split of the study's own metric; a dash where an arm has none. Raises StudyError where the
-    study has no records yet.
+    Metrics are those of the split of the study's own metric that any run has; a dash where an arm has none. Raises
+    StudyError where the study has no records yet.
     """
     study = read_study(study_dir)
     runs = read_committed(study, preset)
@@ -31,9 +37,11 @@ def study_table(study_dir: str | Path, preset: str | None = None) -> str:
         if cell.key in runs.records:
             name = "/".join((cell.arm, *(f"{factor}={level}" for factor, level in cell.factors.items())))
             groups.setdefault(name, []).append(runs.records[cell.key])
-    rows = [["", "runs", *(HEADS[column] for column in COLUMNS), "seconds"]]
+    measured = {name for records in groups.values() for record in records for name in record["metrics"]}
+    columns = [column for column in HEADS if f"{split}/{column}" in measured]
+    rows = [["", "runs", *(HEADS[column] for column in columns), "seconds"]]
     for name, records in groups.items():
-        values = [_interval([record["metrics"].get(f"{split}/{column}") for record in records]) for column in COLUMNS]
+        values = [_interval([record["metrics"].get(f"{split}/{column}") for record in records]) for column in columns]
         rows.append([name, str(len(records)), *values, number(sum(r["wall_s"] for r in records) / len(records))])
     return _aligned(rows)
 

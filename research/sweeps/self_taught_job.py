@@ -72,7 +72,7 @@ class SelfTaughtLoop:
         collector = OwnTraces(
             codec,
             Grader(data.task, codec.template, codec.layout),
-            problems[: plan.num_problems],
+            problems[plan.num_anchors : needed],
             sampling=Sampling(plan.num_samples, plan.sampling_temperature, plan.top_p, limit),
             hints=Hints(plan.hint_probability, plan.hint_format),
         )
@@ -85,7 +85,7 @@ class SelfTaughtLoop:
             ),
             fit_student=self._fit_student,
             evaluate=self._accuracy,
-            anchors=[reference_trace(problem) for problem in problems[plan.num_problems : needed]],
+            anchors=[reference_trace(problem) for problem in problems[: plan.num_anchors]],
             identity={name: plain(self._cfg[name]) for name in ("method", "optimizer", "scheduler")},
         )
 
@@ -129,9 +129,9 @@ class SelfTaughtLoop:
         """The ledger of what was written, and the metrics of every iteration."""
         for path in sorted(folder.glob(f"iteration_*/{TRACES_FOLDER}")):
             manifest = TraceStore(path).manifest
-            self._add("flops", manifest.flops)
+            self._add("flops", manifest.cost["flops"])
             self._add("tokens", float(manifest.tally.tokens))
-            self._add("seconds", manifest.seconds)
+            self._add("seconds", manifest.cost["seconds"])
         for record in records:
             number = f"{record['iteration']:02d}"
             for name, value in (record["metrics"] or {}).items():

@@ -86,10 +86,13 @@ def _metrics(parts: Parts, manifest: StoreManifest) -> dict[str, float]:
 
 def _record(cfg: DictConfig, parts: Parts, manifest: StoreManifest, started_at: str, wall_s: float) -> RunRecord:
     """What a store cost and holds; the ledger's teacher_scoring is the teacher's writing, over all processes."""
-    tally = manifest.tally
-    scoring, training = NOTHING, NOTHING
+    scoring, training, teacher = NOTHING, NOTHING, None
     if parts.teacher is not None:
-        scoring = {"flops": manifest.flops, "tokens": float(tally.tokens), "seconds": manifest.seconds}
+        generator = getattr(parts.source, "generator", None)
+        events = {name: number for name, number in getattr(generator, "events", {}).items() if number}
+        limited = getattr(getattr(generator, "spent", None), "context_limited", 0)
+        teacher = {**parts.teacher, "events": events, "context_limited": limited}
+        scoring = manifest.cost
         training = {"flops": parts.teacher["training_flops"], "tokens": None, "seconds": None}
     name = parts.task.name if parts.task is not None else Path(str(cfg.data.file)).name
     return RunRecord(
@@ -116,5 +119,5 @@ def _record(cfg: DictConfig, parts: Parts, manifest: StoreManifest, started_at: 
             "fingerprint": parts.settings.get("problems_sha256") or parts.settings["file"]["sha256"],
             "summary": {"shards": {name: shard.sha256 for name, shard in manifest.shards.items()}},
         },
-        teacher=parts.teacher,
+        teacher=teacher,
     )

@@ -27,8 +27,8 @@ class MathVerifier:
     """``verify(gold, answer)`` from any thread, each check within ``timeout_s`` seconds.
 
     Two numbers in everyday forms are compared exactly by :func:`research.tasks.numbers.parse_number`; two texts of
-    words letter by letter, up to case (to computer algebra "dog" is "god"); anything else by math-verify, which reads
-    each side as one formula from end to end: no credit for an answer that merely contains the right one.
+    words letter by letter, up to case (to computer algebra "listen" is "silent"); anything else by math-verify, which
+    reads each side as one formula from end to end: no credit for an answer that merely contains the right one.
 
     counts  what happened, by reason: verdicts, ``timeout``, ``died``, ``refused`` (too long, or nothing a formula
             holds, such as ``__``), ``gold`` and ``answer`` (could not be read), and every kind of exception inside the

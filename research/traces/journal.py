@@ -12,17 +12,21 @@ from research.traces.manifest import replace_file
 JOURNAL_FILE = "pending.jsonl"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cost:
-    """What a block cost so far: FLOPs of generation (None: not known) and seconds of wall time (None: not measured)."""
+    """What writing cost: tokens as the generator counts them, FLOPs, seconds of wall time; None: not known."""
 
+    tokens: float | None = 0.0
     flops: float | None = 0.0
     seconds: float | None = 0.0
 
-    def add(self, flops: float | None, seconds: float | None) -> None:
-        """Count further work in; what is not known stays unknown."""
-        self.flops = None if self.flops is None or flops is None else self.flops + flops
-        self.seconds = None if self.seconds is None or seconds is None else self.seconds + seconds
+    def __add__(self, other: "Cost") -> "Cost":
+        """The sum; what is not known of either stays unknown."""
+        return Cost(_sum(self.tokens, other.tokens), _sum(self.flops, other.flops), _sum(self.seconds, other.seconds))
+
+
+def _sum(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first + second
 
 
 class Journal:
@@ -47,18 +51,18 @@ class Journal:
             for line in lines[1:]:
                 completions = tuple(Completion(**{**each, "ids": tuple(each["ids"])}) for each in line["completions"])
                 found[line["index"]] = Written(line["index"], completions)
-                cost.add(line["flops"], line["seconds"])
+                cost += Cost(**line["cost"])
         self.close()
         kept = "".join(json.dumps(line) + "\n" for line in (lines if found else [head]))
         replace_file(self.path, kept.encode())
         self._stream = self.path.open("a", encoding="utf-8")
         return found, cost
 
-    def append(self, written: Written, flops: float | None, seconds: float) -> None:
+    def append(self, written: Written, cost: Cost) -> None:
         """Add one prompt's completions and what they cost; they survive a kill from here on."""
         if self._stream is None:
             raise RuntimeError("the journal of a store was written to before its block was opened")
-        line: dict[str, Any] = {"index": written.index, "flops": flops, "seconds": seconds}
+        line: dict[str, Any] = {"index": written.index, "cost": asdict(cost)}
         line["completions"] = [asdict(completion) for completion in written.completions]
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()

@@ -52,13 +52,22 @@ class Tally:
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard file: sha256 of its bytes, stored rows, its counts, and what it cost (None: not known)."""
+    """One shard file.
+
+    sha256  of its bytes
+    rows    rows stored in it
+    tally   counts of the traces that came, stored or not
+    tokens  tokens generated for it, as the generator counts them; None: not known, as for the other costs
+    flops   of generation
+    seconds of wall time, over all processes that worked at it
+    """
 
     sha256: str
     rows: int
     tally: Tally
-    seconds: float | None = None
+    tokens: float | None = None
     flops: float | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,14 +98,12 @@ class StoreManifest:
         return total
 
     @property
-    def seconds(self) -> float | None:
-        """Seconds spent writing, over all processes that worked at it; None where one of them was not measured."""
-        return _total(shard.seconds for shard in self.shards.values())
-
-    @property
-    def flops(self) -> float | None:
-        """FLOPs of generation; None where those of a shard are not known."""
-        return _total(shard.flops for shard in self.shards.values())
+    def cost(self) -> dict[str, float | None]:
+        """Tokens, FLOPs and seconds of all shards; None where that of one is not known."""
+        return {
+            name: _total(getattr(shard, name) for shard in self.shards.values())
+            for name in ("tokens", "flops", "seconds")
+        }
 
 
 def _total(values: Iterable[float | None]) -> float | None:
@@ -112,7 +119,7 @@ def write_manifest(folder: Path, manifest: StoreManifest) -> None:
     """Write ``manifest.json`` whole or not at all; totals stand beside the shards they are summed from."""
     plain = {"schema": manifest.schema, "complete": manifest.complete, "settings": manifest.settings}
     plain |= {"rows": manifest.rows, "tally": asdict(manifest.tally)}
-    plain |= {"seconds": manifest.seconds, "flops": manifest.flops}
+    plain["cost"] = manifest.cost
     plain["shards"] = {name: asdict(shard) for name, shard in manifest.shards.items()}
     replace_file(folder / MANIFEST_FILE, (json.dumps(plain, indent=1, ensure_ascii=False) + "\n").encode())
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 from research.generation.base import AbstractGenerator, Prompt, Written
 from research.records import Problem, Sampling, Trace, Verdict
@@ -118,13 +118,12 @@ class TeacherSource(AbstractSource):
                 barred[problem.index] = prompt
             elif problem.index not in found:
                 prompts.append(prompt)
-        for written in found.values():
-            watch.advance(1, _num_tokens(written))
-        for written, flops, seconds in self._written(prompts):
-            journal.append(written, flops, seconds)
-            cost.add(flops, seconds)
+        watch.advance(len(found) + len(barred), 0)
+        for written, further in self._written(prompts):
+            journal.append(written, further)
+            cost += further
             found[written.index] = written
-            watch.advance(1, _num_tokens(written))
+            watch.advance(1, int(further.tokens or 0))
         started = time.perf_counter()
         candidates = []
         for problem in problems:
@@ -133,7 +132,7 @@ class TeacherSource(AbstractSource):
                 continue
             completions = enumerate(found[problem.index].completions)
             candidates += [self._reader.written(problem, completion, sample) for sample, completion in completions]
-        cost.add(0.0, time.perf_counter() - started)
+        cost += Cost(seconds=time.perf_counter() - started)
         return Block(candidates, len(problems), cost)
 
     def _prompt(self, problem: Problem) -> Prompt | Candidate:
@@ -146,12 +145,12 @@ class TeacherSource(AbstractSource):
             return Candidate(trace, "", barred=error.reason)
         return Prompt(problem.index, text, ids)
 
-    def _written(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Written, float | None, float]]:
-        """Each prompt's completions with the FLOPs and seconds since the one before."""
+    def _written(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Written, Cost]]:
+        """Each prompt's completions with the cost since the one before."""
         asked = {prompt.index for prompt in prompts}
         if not prompts:
             return
-        flops, started = self._spent(), time.perf_counter()
+        before, started = self._spent(), time.perf_counter()
         for written in self.generator.generate(prompts, self.sampling):
             if written.index not in asked:
                 raise ValueError(f"the generator gave problem {written.index}, which was not asked for or came before")
@@ -162,13 +161,16 @@ class TeacherSource(AbstractSource):
                 )
             asked.discard(written.index)
             now, clock = self._spent(), time.perf_counter()
-            yield written, None if now is None or flops is None else now - flops, clock - started
-            flops, started = now, clock
+            tokens, flops = (None if None in pair else pair[1] - pair[0] for pair in zip(before, now, strict=True))
+            yield written, Cost(tokens, flops, clock - started)
+            before, started = now, clock
         if asked:
             raise ValueError(f"the generator ended without {len(asked)} of {len(prompts)} problems, {min(asked)} first")
 
-    def _spent(self) -> float | None:
-        return getattr(getattr(self.generator, "spent", None), "flops", None)
+    def _spent(self) -> tuple[Any, Any]:
+        """Tokens and FLOPs of the generator so far; None where it does not count them."""
+        spent = getattr(self.generator, "spent", None)
+        return getattr(spent, "tokens", None), getattr(spent, "flops", None)
 
 
 class ReferenceSource(AbstractSource):
@@ -200,7 +202,7 @@ class ReferenceSource(AbstractSource):
             started = time.perf_counter()
             candidates = [self._reader.reference(problem) for problem in problems]
             watch.advance(len(problems), sum(candidate.tokens or 0 for candidate in candidates))
-            yield Block(candidates, len(problems), Cost(0.0, time.perf_counter() - started))
+            yield Block(candidates, len(problems), Cost(seconds=time.perf_counter() - started))
 
 
 class FileSource(AbstractSource):
@@ -229,7 +231,7 @@ class FileSource(AbstractSource):
             if number >= start:
                 candidates = [self._candidate(trace) for trace in traces]
                 tokens = sum(candidate.tokens or 0 for candidate in candidates)
-                yield Block(candidates, 0, Cost(0.0, time.perf_counter() - started), new)
+                yield Block(candidates, 0, Cost(seconds=time.perf_counter() - started), new)
                 watch.advance(len(traces), tokens)
             number += 1
 
@@ -240,10 +242,6 @@ class FileSource(AbstractSource):
         candidate = Candidate(trace, text, None if verdict is None else Verdict(verdict))
         count_tokens(candidate, self._codec)
         return candidate
-
-
-def _num_tokens(written: Written) -> int:
-    return sum(len(completion.ids) for completion in written.completions)
 
 
 def _batched(problems: Sequence[Problem], size: int) -> Iterable[Sequence[Problem]]:

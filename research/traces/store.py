@@ -164,6 +164,8 @@ class StoreWriter:
         rows: Sequence[StoredTrace],
         tally: Tally,
         seconds: float | None = None,
+        *,
+        tokens: float | None = None,
         flops: float | None = None,
     ) -> None:
         """Write the next shard: ``rows`` as they stand, ``tally`` with what is not stored, and what it cost."""
@@ -181,7 +183,7 @@ class StoreWriter:
                 f"{name} of {self.folder} could not be written ({error}); the {self.finished} finished shards are "
                 "kept. Free space and run the same command again: it goes on from there"
             ) from error
-        self._enter(name, Shard(hashlib.sha256(content).hexdigest(), len(rows), tally, seconds, flops))
+        self._enter(name, Shard(hashlib.sha256(content).hexdigest(), len(rows), tally, tokens, flops, seconds))
 
     def seal(self) -> StoreManifest:
         """Say that the store is complete. A sealed store is read by anyone and written by nobody."""

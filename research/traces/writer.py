@@ -1,6 +1,7 @@
 """From a source through the filters into a store: the loop behind `distill traces`."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 
 from research.errors import ConfigError
 from research.records import Trace
@@ -45,7 +46,7 @@ def write_traces(
         for block in source.blocks(writer.finished, journal, watch):
             rows, tally = judge(block, filters)
             stored = rows if keep_dropped else [row for row in rows if row.kept]
-            writer.write(stored, tally, block.cost.seconds, block.cost.flops)
+            writer.write(stored, tally, **asdict(block.cost))
             journal.drop()
             watch.judged(tally.written, tally.kept)
     finally:

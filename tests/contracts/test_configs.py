@@ -2,33 +2,59 @@
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from research.arguments import check_names, check_types, locate_target
-from research.config import ALLOWED_PREFIXES, build, build_logger, build_trainer, plain
+from research.config import ALLOWED_PREFIXES, build, build_logger, build_trainer, make, plain
+from research.data.traces import TraceData
 from research.errors import ConfigError
+from research.loops.self_taught_plan import SelfTaughtPlan
+from research.models.weights import save_network, save_tokenizer
 from research.results.study import Cell, Study, cells, requirements
 from research.results.study_file import read_study
 from research.schemas import SCHEMAS, check_root, register_schemas
+from research.sweeps.self_taught_job import SelfTaughtLoop
+from research.sweeps.traces_parts import build_parts
+from research.traces.filters import build_filters
 
 REPOSITORY = Path(__file__).parents[2]
 CONF = REPOSITORY / "conf"
-FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
+FILES = sorted(path.relative_to(CONF).with_name(path.stem) for path in CONF.rglob("*.yaml"))
 CHOICES = [path for path in FILES if path.parts[0] != "hydra" and len(path.parts) > 1]
+OF_TRACES = ("generator", "filter")  # groups of `distill traces` alone
+OF_TRAIN = [str(path) for path in CHOICES if path.parts[0] not in ("experiment", "paths", *OF_TRACES)]
 EXPERIMENTS = [path.name for path in CHOICES if path.parts[0] == "experiment"]
 STUDIES = sorted(path.parent.name for path in (REPOSITORY / "experiments").rglob("study.yaml"))
 GROUPS_OF_TRAIN = {"model": "model@student"}
-NODES = ("data", "teacher", "reference", "signal_transform", "method", "optimizer", "scheduler", "trainer", "logger")
+NODES = (
+    "data", "task", "template", "teacher", "reference", "signal_transform", "method", "optimizer", "scheduler", "loop",
+    "trainer", "logger", "generator",
+)  # fmt: skip
 OPTIONAL_LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-REAL_DATA = {"mnist": "mnist", "spoken_digits": "fsdd"}
+REAL_DATA = {
+    "data.mnist.Mnist": "mnist", "spoken_digits.SpokenDigits": "fsdd", "word_problems.Gsm8k": "gsm8k",
+    "word_problems.Gsm8kR1": "traces", "word_problems.Svamp": "traces", "commonsense.CommonsenseQa": "traces",
+}  # fmt: skip
+TEXT = {
+    "data": "traces", "task": "sum5", "template": "plain", "model@student": "llama", "method": "sft_trace",
+    "data.num_train": "8", "data.num_val": "2", "data.num_test": "2", "data.max_tokens": "2000", "monitor": "val/nll",
+}  # fmt: skip
+OPEN_TEXT = {
+    "template": "alpaca",
+    "data.tokenizer": "bpe",
+    "data.vocab_size": "300",
+    "data.trace_format": "answer_only",
+}
 
 
 def composed(command: str, *overrides: str) -> DictConfig:
@@ -54,9 +80,18 @@ def check_nodes(cfg: DictConfig) -> None:
 
 def real_data_of(cfg: DictConfig, require_data: Callable[..., Path]) -> None:
     """Skips, with the reason, where this config reads files that are not at hand."""
-    for module, folder in REAL_DATA.items():
-        if f".{module}." in cfg.data._target_:
+    for target, folder in REAL_DATA.items():
+        if str(cfg.data._target_).endswith(target) or str(cfg.task._target_).endswith(target):
             require_data(folder)
+
+
+def trainer_builds(cfg: DictConfig, logger: Any = False) -> None:
+    """A trainer, or, for one of a GPU where there is none, the refusal that says so."""
+    if cfg.trainer.accelerator == "gpu" and not lightning.pytorch.accelerators.CUDAAccelerator.is_available():
+        with pytest.raises(ConfigError, match=r"trainer\.accelerator is 'gpu'.*no GPU.*trainer=cpu"):
+            build_trainer(cfg.trainer)
+    else:
+        assert isinstance(build_trainer(cfg.trainer, logger=logger), lightning.Trainer)
 
 
 def test_data_that_is_announced_and_absent_fails_in_continuous_integration(
@@ -81,6 +116,11 @@ def test_p112_the_root_configs_are_the_commands() -> None:
     assert {str(path) for path in FILES if len(path.parts) == 1} == set(SCHEMAS)
 
 
+def yaml_of(path: Path) -> Path:
+    """The file of a choice, whose name may hold dots."""
+    return (CONF / path).with_name(f"{path.name}.yaml")
+
+
 @pytest.mark.parametrize("command", SCHEMAS)
 def test_p112_every_root_composes_and_its_schema_is_covered(command: str) -> None:
     cfg = composed(command)
@@ -89,8 +129,10 @@ def test_p112_every_root_composes_and_its_schema_is_covered(command: str) -> Non
 
 
 @pytest.fixture
-def needs(digits_teacher: Path, distill: Callable[..., Any], tmp_path: Path) -> Callable[[str], list[str]]:
-    """Overrides without which a choice cannot be built: teachers need weights, their users need teachers."""
+def needs(
+    digits_teacher: Path, distill: Callable[..., Any], stand_in: Callable[[str], Path], tmp_path: Path
+) -> Callable[[str], list[str]]:
+    """Overrides without which a choice cannot be built: weights of a teacher, or for text a task and all around it."""
     soft = ["method=soft_target", "teacher=frozen", f"teacher.path='{digits_teacher}'"]
 
     def cache() -> str:
@@ -98,7 +140,13 @@ def needs(digits_teacher: Path, distill: Callable[..., Any], tmp_path: Path) -> 
         assert done.code == 0, done.err
         return f"{tmp_path}/cache"
 
+    def text(group: str, **changes: str) -> list[str]:
+        own = GROUPS_OF_TRAIN.get(group, group)
+        return [f"{key}={value}" for key, value in (TEXT | changes).items() if key != own]
+
     def given(choice: str) -> list[str]:
+        group = choice.partition("/")[0]
+        pretrained = {"data.tokenizer": f"'{stand_in('Qwen/Qwen2.5')}'"}
         match choice:
             case "teacher/frozen":
                 return [f"teacher.path='{digits_teacher}'"]
@@ -110,26 +158,70 @@ def needs(digits_teacher: Path, distill: Callable[..., Any], tmp_path: Path) -> 
                 return [override for override in soft if not override.startswith(f"{choice.partition('/')[0]}=")]
             case "method/soft_target":
                 return soft[1:]
-        return []
+            case "data/traces" | "method/sft_trace" | "loop/self_taught":
+                return text(group)
+            case "model/pretrained_lm":
+                return [*text(group, **pretrained), f"student.path='{stand_in('Qwen/Qwen2.5')}'"]
+            case "template/chat":
+                return text(group, **pretrained)
+            case "task/none" | "template/none" | "model/mlp" | "model/conv":
+                return []
+            case "task/gsm8k" | "task/gsm8k_r1" | "task/svamp" | "task/commonsense_qa" | "task/reasoning_gym":
+                return text(group, **OPEN_TEXT)
+        return text(group) if group in ("task", "template", "model") else []
 
     return given
 
 
-@pytest.mark.parametrize("choice", [str(path) for path in CHOICES if path.parts[0] not in ("experiment", "paths")])
+@pytest.mark.parametrize("choice", OF_TRAIN)
 def test_p112_every_choice_builds(
     choice: str, needs: Callable[[str], list[str]], require_data: Callable[..., Path], tmp_path: Path
 ) -> None:
     group, _, name = choice.partition("/")
     cfg = composed("train", f"{GROUPS_OF_TRAIN.get(group, group)}={name}", *needs(choice))
+    check_nodes(cfg)
     real_data_of(cfg, require_data)
-    assert build(cfg).data.num_classes == 10
+    if choice == "task/reasoning_gym":
+        pytest.importorskip("reasoning_gym")
+    with torch.device("meta") if group == "model" and name != "pretrained_lm" else nullcontext():
+        parts = build(cfg)  # on the meta device: every size, and no memory
+    if isinstance(parts.data, TraceData):
+        assert len(parts.data.documents("train")) == 8 and parts.data.facts()["vocab_size"] > 2
+    else:
+        assert parts.data.num_classes == 10
+    if choice == "loop/self_taught":
+        plan = make(cfg.loop, "loop")
+        assert isinstance(plan, SelfTaughtPlan) and SelfTaughtLoop(cfg, parts.data, plan).metrics == {}
     if group == "logger" and name in OPTIONAL_LOGGERS:
         _logger_builds_or_names_its_extra(cfg, name, tmp_path)
-    elif group == "trainer" and name == "gpu" and not lightning.pytorch.accelerators.CUDAAccelerator.is_available():
-        with pytest.raises(ConfigError, match=r"trainer\.accelerator is 'gpu'.*no GPU.*trainer=cpu"):
-            build_trainer(cfg.trainer)
     else:
-        assert isinstance(build_trainer(cfg.trainer, logger=build_logger(cfg, tmp_path)), lightning.Trainer)
+        trainer_builds(cfg, build_logger(cfg, tmp_path))
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a language model that writes the characters of sums, as yet untrained."""
+    folder = tmp_path_factory.mktemp("writer")
+    parts = build(composed("train", *(f"{key}={value}" for key, value in TEXT.items())))
+    save_network(folder, parts.method.student, parts.architecture)
+    save_tokenizer(folder, parts.data.codec.tokenizer)
+    return folder
+
+
+@pytest.mark.parametrize("choice", [str(path) for path in CHOICES if path.parts[0] in OF_TRACES])
+def test_p112_every_choice_of_traces_builds(choice: str, writer: Path, tmp_path: Path) -> None:
+    overrides = ["task=sum5", "template=plain", "data.num_problems=4", "data.num_evaluation=4"]
+    if choice.startswith("filter/"):
+        overrides.append("source=reference")
+    elif choice == "generator/server":
+        overrides += ["generator.base_url=http://127.0.0.1:1/v1", "generator.model=m"]
+    else:
+        overrides.append(f"teacher.path='{writer}'")
+    cfg = composed("traces", choice.replace("/", "="), *overrides)
+    check_nodes(cfg)
+    parts = build_parts(cfg, tmp_path)
+    assert len(parts.problems) == 4 and len(parts.filters.filters) == len(cfg.filters)
+    assert (parts.teacher is None) == choice.startswith("filter/")
 
 
 def _logger_builds_or_names_its_extra(cfg: DictConfig, name: str, folder: Path) -> None:
@@ -141,7 +233,7 @@ def _logger_builds_or_names_its_extra(cfg: DictConfig, name: str, folder: Path) 
 
 def test_every_choice_opens_with_what_it_is() -> None:
     for path in CHOICES:
-        text = (CONF / path).with_suffix(".yaml").read_text()
+        text = yaml_of(path).read_text()
         if path.parts[0] not in ("paths", "optimizer", "logger", "scheduler"):
             assert text.startswith("#"), f"conf/{path}.yaml has no opening comment"
         if path.parts[0] == "experiment":
@@ -151,7 +243,7 @@ def test_every_choice_opens_with_what_it_is() -> None:
 
 def test_p110_no_file_chooses_the_mode_of_hydra() -> None:
     for path in FILES:
-        content = yaml.safe_load((CONF / path).with_suffix(".yaml").read_text()) or {}
+        content = yaml.safe_load(yaml_of(path).read_text()) or {}
         assert "mode" not in (content.get("hydra") or {}) and not re.search(r"hydra\.mode", str(content))
         assert path.parts[0] != "hydra" or "mode" not in content
 
@@ -165,13 +257,13 @@ def test_p113_no_choice_or_value_is_read_as_something_else() -> None:
     unclear = re.compile(r":\s+(on|off|yes|no|y|n|None|none|NULL|Null|~|nan|inf)\s*(#.*)?$", re.MULTILINE)
     for path in FILES:
         if len(path.parts) > 1:  # in the defaults list of a root, `none` is the name of a choice
-            found = unclear.search((CONF / path).with_suffix(".yaml").read_text())
+            found = unclear.search(yaml_of(path).read_text())
             assert found is None, f"conf/{path}.yaml: {found and found[0]!r}; quote it, or write true, false or null"
 
 
 def test_p117_no_key_turns_on_remote_code() -> None:
     for path in FILES:
-        assert "trust_remote_code" not in (CONF / path).with_suffix(".yaml").read_text()
+        assert "trust_remote_code" not in yaml_of(path).read_text()
 
 
 # -- experiments ------------------------------------------------------------------------------------------------------
@@ -184,23 +276,50 @@ def test_p112_every_experiment_composes(name: str) -> None:
     assert cfg.name == name, "an experiment's folder carries its name"
 
 
+@pytest.fixture
+def shrunk(
+    stand_in: Callable[[str], Path], few_problems: Path, few_traces: Path, require_data: Callable[..., Path]
+) -> Callable[[str], list[str]]:
+    """Overrides that make an experiment of text small: few problems, short answers, stand-ins for what is pretrained.
+
+    Experiments of classes stay as they are, and are skipped without their data.
+    """
+
+    def overrides(name: str) -> list[str]:
+        cfg = composed("train", f"experiment={name}")
+        if not str(cfg.data._target_).endswith(".TraceData"):
+            real_data_of(cfg, require_data)
+            return []
+        few = ["data.num_train=16", "data.num_val=2", "data.num_test=2", "evaluation.max_new_tokens=6"]
+        if cfg.trainer.accumulate_grad_batches > 1:
+            few.append("trainer.accumulate_grad_batches=2")
+        if "path" in cfg.student:
+            folder = stand_in(cfg.student.path)
+            few += [f"student.path='{folder}'", f"data.tokenizer='{folder}'", f"task.data_dir='{few_problems}'"]
+        return [*few, f"data.store='{few_traces}'"] if plain(cfg.data)["store"] == "???" else few
+
+    return overrides
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_p112_every_experiment_builds(
-    name: str, require_data: Callable[..., Path], untrained_teacher: Callable[[DictConfig], Path]
+    name: str, shrunk: Callable[[str], list[str]], untrained_teacher: Callable[[DictConfig], Path]
 ) -> None:
-    cfg = composed("train", f"experiment={name}")
-    real_data_of(cfg, require_data)
+    cfg = composed("train", f"experiment={name}", *shrunk(name))
     for key in ("teacher", "reference"):
         if cfg[key]._target_ is not None:
             cfg[key].path = str(untrained_teacher(cfg))
-    assert build(cfg).method.student is not None
-    assert isinstance(build_trainer(cfg.trainer, logger=False), lightning.Trainer)
+    parts = build(cfg)
+    assert parts.method.student is not None
+    if isinstance(parts.data, TraceData):
+        parts.data.setup()
+        assert parts.data.summary()["dropped"].get("train", {}) == {}
+    trainer_builds(cfg)
 
 
 @pytest.fixture
 def untrained_teacher(tmp_path: Path) -> Callable[[DictConfig], Path]:
     """The folder of a network, as yet untrained, that fits the data of a config."""
-    from research.models.weights import save_network
 
     def save(cfg: DictConfig) -> Path:
         alone = cfg.copy()
@@ -213,21 +332,26 @@ def untrained_teacher(tmp_path: Path) -> Callable[[DictConfig], Path]:
     return save
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EXPERIMENTS)
+OF_CLASSES = ("digits", "mnist", "speech")  # they are not shrunk, but for their steps
+RUNS = [pytest.param(name, marks=pytest.mark.slow if name.startswith(OF_CLASSES) else []) for name in EXPERIMENTS]
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_p30_every_experiment_runs_shrunk(
     name: str,
     distill: Callable[..., Any],
-    require_data: Callable[..., Path],
+    shrunk: Callable[[str], list[str]],
     untrained_teacher: Callable[[DictConfig], Path],
     tmp_path: Path,
 ) -> None:
-    cfg = composed("train", f"experiment={name}")
-    real_data_of(cfg, require_data)
+    """Two optimizer steps or more and the whole evaluation."""
+    small = shrunk(name)
+    cfg = composed("train", f"experiment={name}", *small)
     paths = [f"{k}.path='{untrained_teacher(cfg)}'" for k in ("teacher", "reference") if cfg[k]._target_ is not None]
-    done = distill("train", f"experiment={name}", "trainer=smoke", "hydra.run.dir=run", *paths, cwd=tmp_path)
+    done = distill("train", f"experiment={name}", "trainer=smoke", "hydra.run.dir=run", *small, *paths, cwd=tmp_path)
     assert done.code == 0, done.err
-    assert yaml.safe_load((tmp_path / "run" / "run.json").read_text())["status"] == "completed"
+    record = yaml.safe_load((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "completed" and record["metrics"]["test/errors"] >= 0
 
 
 # -- studies ----------------------------------------------------------------------------------------------------------
@@ -250,6 +374,8 @@ def test_p112_every_run_of_every_study_composes(name: str) -> None:
     for (command, _), cell in runs_of(study).items():
         cfg = composed(command, *cell.filled(folders))
         check_nodes(cfg)
+        if command == "traces":
+            build_filters(plain(cfg)["filters"], evaluation_texts=[])
         assert cfg.threads == 1, f"{cell.key}: runs lie beside each other, one thread each"
 
 

@@ -4,11 +4,16 @@ import dataclasses
 
 from research.commands.main import COMMANDS
 from research.evaluation.evaluate import ITEM_COLUMNS, METRIC_NAMES
+from research.evaluation.sequences import GREEDY_NAMES, SAMPLED_NAMES, SEQUENCE_ITEM_COLUMNS
+from research.evaluation.token_loss import TOKEN_METRIC_NAMES
+from research.loops.self_taught import ITERATION_KEYS
 from research.losses.divergences import DIVERGENCES
+from research.records import Verdict
 from research.results.record import LEDGER_FIELDS, LEDGER_PARTS, RECORD_KEYS, SCHEMA_VERSION, STATUSES
 from research.results.report import VERDICT_KEYS
 from research.results.study_file import STUDY_KEYS
 from research.schemas import SCHEMAS, EvaluationConfig
+from research.text.formats import TRACE_FORMATS
 
 ROOT_KEYS = {
     "train": {
@@ -20,7 +25,6 @@ ROOT_KEYS = {
         "name", "seed", "data", "teacher", "paths", "cache_dir", "split", "top_k", "dtype", "shard_rows", "threads",
     },
     "evaluate": {"name", "seed", "run", "split", "data", "reference", "batch_size", "sampling", "paths"},
-    "convert": {"name", "source", "format", "output", "paths"},
     "traces": {
         "name", "seed", "source", "task", "template", "teacher", "generator", "data", "sampling", "filters",
         "corruption", "store", "keep_dropped", "block_problems", "explorer", "paths", "threads",
@@ -70,6 +74,42 @@ def test_metric_names() -> None:
         "teacher_ece", "kl_teacher_student_top_k", "kl_student_teacher_top_k",
     )  # fmt: skip
     assert ITEM_COLUMNS == ("index", "label", "prediction", "nll", "max_prob", "teacher_prediction")
+
+
+def test_metric_names_of_sequences() -> None:
+    answers = (
+        "problems", "gold_unreadable", "unparsed", "truncated", "timeout", "repetition", "tokens_per_answer",
+        "regurgitation",
+    )  # fmt: skip
+    chains = (
+        "step_validity", "chain_valid", "process_valid_pass_at_1", "invalid_given_right", "chain_answer_agreement",
+    )  # fmt: skip
+    outcomes = (
+        "outcome_no_chain", "outcome_unchecked", "outcome_valid_right", "outcome_lucky_answer",
+        "outcome_unused_chain", "outcome_wrong_step", "outcome_skipped_step", "outcome_valid_wrong",
+    )  # fmt: skip
+    assert ("accuracy", "errors", *answers, *chains, *outcomes) == GREEDY_NAMES
+    assert ("sampled_pass_at_1", *(f"sampled_{name}" for name in (*answers, *chains, *outcomes))) == SAMPLED_NAMES
+    assert TOKEN_METRIC_NAMES == (
+        "loss", "nll", "perplexity", "token_accuracy", "completion_tokens", "prompt_nll", "prompt_tokens",
+    )  # fmt: skip
+    assert SEQUENCE_ITEM_COLUMNS == (
+        "index", "label", "prediction", "verdict", "answer", "gold", "completion", "tokens", "stop", "chain_valid",
+        "num_steps", "num_valid", "outcome", "level",
+    )  # fmt: skip
+    assert ITERATION_KEYS == (
+        "iteration", "steps", "init", "init_sha256", "writer_sha256", "student_sha256", "num_problems", "fates",
+        "first_try", "hinted_try", "false_positives", "writer_accuracy", "by_level", "documents", "tokens", "metrics",
+        "stopped", "seconds",
+    )  # fmt: skip
+
+
+def test_trace_formats_and_verdicts() -> None:
+    assert tuple(TRACE_FORMATS) == (
+        "chain_then_answer", "answer_then_chain", "answer_only", "filler_then_answer", "shuffled_chain",
+        "swapped_chain",
+    )  # fmt: skip
+    assert [verdict.value for verdict in Verdict] == ["correct", "wrong", "unparsed", "truncated", "timeout"]
 
 
 def test_divergence_names() -> None:

@@ -191,3 +191,9 @@ def test_every_layout_of_a_plain_chat_is_read_back(gpt2_like: PreTrainedTokenize
     for layout in LAYOUTS:
         read = room.parse(room.completion(TRACE.chain, "9", layout), layout)
         assert read == Parsed("" if layout == "answer_only" else TRACE.chain, "9")
+
+
+def test_the_end_of_turn_is_the_whole_special_token(gpt2_like: PreTrainedTokenizerFast) -> None:
+    """Not another one that it begins with."""
+    gpt2_like.add_special_tokens({"extra_special_tokens": ["<|im_end", "<|im_end|>", "<|im_start|>"]})
+    assert chat(gpt2_like, CHATML).check().end == "<|im_end|>"

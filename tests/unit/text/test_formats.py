@@ -1,6 +1,7 @@
 """Shuffled and swapped chains: what is moved, what never moves, and what chance decides."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -58,6 +59,8 @@ def test_a_shuffle_is_its_traces_own() -> None:
     several = arrange(traces(20, samples=3, steps=6), "shuffled_chain", 1, ";")
     alone = [arrange([trace], "shuffled_chain", 1, ";")[0] for trace in traces(20, samples=3, steps=6)]
     assert several == alone
+    same = [replace(trace, sample=sample) for sample in range(20) for trace in traces(1, steps=6)]
+    assert len({trace.chain for trace in arrange(same, "shuffled_chain", 1, ";")}) > 15
     other = arrange(traces(20, samples=3, steps=6), "shuffled_chain", 2, ";")
     assert sum(one.chain == two.chain for one, two in zip(several, other, strict=True)) < 5
 

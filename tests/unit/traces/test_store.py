@@ -18,7 +18,7 @@ from research.errors import ConfigError, StoreError
 from research.records import Trace
 from research.traces.manifest import Tally, read_manifest
 from research.traces.rows import COLUMNS, StoredTrace
-from research.traces.store import ROW_GROUP_ROWS, StoreWriter, TraceStore, store_rows
+from research.traces.store import StoreWriter, TraceStore, store_rows
 
 Rows = list[StoredTrace]
 Count = Callable[[Sequence[StoredTrace]], Tally]
@@ -74,20 +74,20 @@ def blocks_of(rows: Rows, count: Count, size: int = 4) -> list[tuple[Rows, Tally
 def test_a_writer_goes_on_where_another_stopped(rows: Rows, count: Count, tmp_path: Path) -> None:
     blocks = blocks_of(rows, count)
     with StoreWriter(tmp_path / "cut", SETTINGS) as writer:
-        writer.write(*blocks[0], seconds=2.0, flops=5.0)
+        writer.write(*blocks[0], tokens=3.0, flops=5.0, seconds=2.0)
     with pytest.raises(StoreError, match="is not finished"):
         TraceStore(tmp_path / "cut")
     with StoreWriter(tmp_path / "cut", SETTINGS) as writer:
         assert writer.finished == 1 and list(writer.rows()) == blocks[0][0]
         for block in blocks[1:]:
-            writer.write(*block, seconds=1.0, flops=1.0)
+            writer.write(*block, tokens=4.0, flops=1.0, seconds=1.0)
         sealed = writer.seal()
     whole = store_rows(tmp_path / "whole", SETTINGS, blocks)
     assert {name: shard.sha256 for name, shard in sealed.shards.items()} == {
         name: shard.sha256 for name, shard in whole.shards.items()
     }
-    assert sealed == read_manifest(tmp_path / "cut") and (sealed.seconds, sealed.flops) == (4.0, 7.0)
-    assert whole.seconds is None, "what was not measured is not zero"
+    assert sealed == read_manifest(tmp_path / "cut") and sealed.cost == {"tokens": 11.0, "flops": 7.0, "seconds": 4.0}
+    assert whole.cost["seconds"] is None, "what was not measured is not zero"
 
 
 def test_a_shard_that_the_manifest_does_not_know_yet_is_adopted(rows: Rows, count: Count, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def write_slowly(folder: Path, rows: Rows) -> None:
 def test_a_killed_writer_leaves_whole_shards_and_no_lock(rows: Rows, shards: int, tmp_path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=write_slowly, args=(tmp_path, rows))
     process.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(list((tmp_path / "data").glob("shard-*"))) < shards and time.monotonic() < deadline:
         time.sleep(0.002)
     assert process.pid is not None
@@ -276,10 +276,11 @@ def test_a_full_disk_keeps_the_finished_shards(
 
 
 def test_reading_holds_one_row_group(
-    make_rows: Callable[..., Rows], make_store: Callable[..., Path], tmp_path: Path
+    make_rows: Callable[..., Rows], make_store: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory of a pass, Python's and Arrow's, does not grow with store or shard; 4 shards of 4 row groups each."""
-    rows = make_rows(["x" * 200] * (4 * ROW_GROUP_ROWS))
+    monkeypatch.setattr("research.traces.store.ROW_GROUP_ROWS", 64)
+    rows = make_rows(["x" * 4000] * 256)
     folder = make_store(tmp_path / "store", rows * 4, block=len(rows))
     with parquet.ParquetFile(folder / "data" / "shard-00000.parquet") as file:
         assert file.num_row_groups == 4
@@ -292,11 +293,10 @@ def test_reading_holds_one_row_group(
         for name in list(store.manifest.shards)[:shards]:
             for _ in store.rows_of(name):
                 number += 1
-                if number % 100 == 0:
-                    arrow = max(arrow, pyarrow.total_allocated_bytes() - before)
+                arrow = max(arrow, pyarrow.total_allocated_bytes() - before)
         peaks.append(tracemalloc.get_traced_memory()[1])
         arrow_peaks.append(arrow)
         tracemalloc.stop()
         assert number == shards * len(rows)
-    assert peaks[1] < 1.3 * peaks[0] and peaks[0] < 4_000_000, peaks
-    assert max(arrow_peaks) < 0.5 * one_shard, (arrow_peaks, one_shard)
+    assert peaks[1] < 1.3 * peaks[0] and peaks[0] < 0.7 * one_shard, (peaks, one_shard)
+    assert max(arrow_peaks) < 0.7 * one_shard, (arrow_peaks, one_shard)

@@ -18,7 +18,7 @@ from research.text.templates import Plain
 from research.traces.corruptions import Corruption
 from research.traces.filters import build_filters
 from research.traces.importing import TraceImport
-from research.traces.journal import JOURNAL_FILE, Journal
+from research.traces.journal import JOURNAL_FILE, Cost, Journal
 from research.traces.manifest import StoreManifest
 from research.traces.rows import StoredTrace
 from research.traces.sources import AbstractSource, FileSource, ReferenceSource, TeacherSource
@@ -187,7 +187,7 @@ def test_a_journal_of_another_run_or_of_a_finished_block_is_not_used(tmp_path: P
     written = Written(3, (Completion((1, 2), "text \udc80", "eos", -1.5), Completion((), "", "length", None)))
     journal = Journal(tmp_path / JOURNAL_FILE, "these")
     assert journal.open(0)[0] == {}
-    journal.append(written, 5.0, 0.25)
+    journal.append(written, Cost(7.0, 5.0, 0.25))
     journal.close()
     for settings, block in (("those", 0), ("these", 1)):
         before = (tmp_path / JOURNAL_FILE).read_bytes()
@@ -197,9 +197,9 @@ def test_a_journal_of_another_run_or_of_a_finished_block_is_not_used(tmp_path: P
         (tmp_path / JOURNAL_FILE).write_bytes(before)
     found, cost = journal.open(0)
     journal.close()
-    assert found == {3: written} and (cost.flops, cost.seconds) == (5.0, 0.25), "token by token, as it was"
+    assert found == {3: written} and cost == Cost(7.0, 5.0, 0.25), "token by token, as it was"
     with pytest.raises(RuntimeError, match="before its block was opened"):
-        Journal(tmp_path / "other", "these").append(written, None, 0.0)
+        Journal(tmp_path / "other", "these").append(written, Cost())
 
 
 # -- generators that do not keep their word ----------------------------------------------------------------------------
@@ -342,10 +342,10 @@ def test_a_cut_import_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     calls = iter(range(10))
     write_shard = StoreWriter.write
 
-    def cut(self: StoreWriter, *arguments: Any) -> None:
+    def cut(self: StoreWriter, *arguments: Any, **cost: Any) -> None:
         if next(calls) == 2:
             raise KeyboardInterrupt
-        write_shard(self, *arguments)
+        write_shard(self, *arguments, **cost)
 
     with monkeypatch.context() as patched:
         patched.setattr(StoreWriter, "write", cut)
@@ -394,7 +394,7 @@ def test_the_progress_bar_shows_rate_and_acceptance(capsys: pytest.CaptureFixtur
 
 def test_costs_are_summed_over_processes(ten: Any, scripted: Any, tmp_path: Path) -> None:
     class Spent:
-        flops = 0.0
+        flops, tokens = 0.0, 0
 
     def costly(stop_after: int | None) -> AbstractGenerator:
         generator = scripted(script, stop_after=stop_after)
@@ -403,6 +403,7 @@ def test_costs_are_summed_over_processes(ten: Any, scripted: Any, tmp_path: Path
 
         def counting(prompt: Prompt, sample: int) -> str:
             generator.spent.flops += 100.0
+            generator.spent.tokens += 9
             return str(plain(prompt, sample))
 
         generator.script = counting
@@ -411,4 +412,7 @@ def test_costs_are_summed_over_processes(ten: Any, scripted: Any, tmp_path: Path
     with pytest.raises(ConnectionError):
         write(tmp_path, source_of(ten, costly(6)))
     manifest = write(tmp_path, source_of(ten, costly(None)))
-    assert manifest.flops == 10 * 2 * 100.0 and manifest.seconds is not None and manifest.seconds > 0
+    assert manifest.cost["flops"] == 10 * 2 * 100.0 and manifest.cost["tokens"] == 10 * 2 * 9
+    assert manifest.cost["seconds"] is not None and manifest.cost["seconds"] > 0
+    uncounted = write(tmp_path / "uncounted", source_of(ten, scripted(script)))
+    assert uncounted.cost["flops"] is None and uncounted.cost["tokens"] is None, "not known is not nothing"

@@ -1,0 +1,363 @@
+"""Traces as training data: what is encoded, dropped, served and told, from the task, from files and from stores."""
+
+import gzip
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from research.data.resume import rewind_to_last_step
+from research.data.splits import DataError
+from research.data.token_loader import TokenLoader
+from research.data.traces import TraceData, reference_trace
+from research.errors import ConfigError
+from research.records import Problem, TokenBatch, Trace, Verdict
+from research.tasks.addition import Addition
+from research.tasks.arithmetic import ChainedSums
+from research.tasks.base import AbstractTask, Split
+from research.text.document import Document
+from research.text.formats import TRACE_FORMATS
+from research.text.templates import Alpaca, Plain
+from research.traces.manifest import Tally
+from research.traces.rows import StoredTrace
+from research.traces.store import store_rows
+
+NUM_TRAIN, NUM_VAL, NUM_TEST = 30, 6, 4
+
+
+def make(task: AbstractTask | None = None, **changes: Any) -> TraceData:
+    options = {"num_train": NUM_TRAIN, "num_val": NUM_VAL, "num_test": NUM_TEST, "batch_size": 8, **changes}
+    return TraceData(task=task or Addition(min_digits=1, max_digits=4), template=Plain(), **options)
+
+
+def text_of(data: TraceData, document: Document) -> str:
+    return data.codec.tokenizer.decode(document.ids[:-1])
+
+
+def references(num: int = NUM_TRAIN) -> list[Trace]:
+    return [reference_trace(problem) for problem in Addition(min_digits=1, max_digits=4).problems("train", num)]
+
+
+def write_jsonl(path: Path, traces: Sequence[Trace]) -> Path:
+    rows = [{"question": trace.problem, "rationale": trace.chain, "answer": trace.answer} for trace in traces]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def write_store(folder: Path, traces: Sequence[Trace], dropped: frozenset[int] = frozenset()) -> Path:
+    rows = []
+    for number, trace in enumerate(traces):
+        kept, reason = number not in dropped, None if number not in dropped else "answer_key"
+        verdict = Verdict.CORRECT if kept else Verdict.WRONG
+        rows.append(StoredTrace(trace, f"{trace.chain}#{trace.answer}", kept, reason, verdict, 9, -1.0))
+    tally = Tally(written=len(rows), kept=len(rows) - len(dropped), dropped={"answer_key": len(dropped)})
+    store_rows(folder, {"made": "here"}, [(rows, tally)])
+    return folder
+
+
+# -- documents --------------------------------------------------------------------------------------------------------
+
+
+def test_documents_are_the_tasks_own_solutions() -> None:
+    data = make()
+    for split, num in (("train", NUM_TRAIN), ("val", NUM_VAL)):
+        problems = Addition(min_digits=1, max_digits=4).problems(split, num)
+        written = [text_of(data, document) for document in data.documents(split)]
+        assert written == [f"{p.text}={p.chain}#{p.answer}" for p in problems]
+        assert [document.index for document in data.documents(split)] == list(range(num))
+    eos = data.codec.eos_ids[0]
+    assert all(document.ids[-1] == eos and document.ids.count(eos) == 1 for document in data.documents("train"))
+
+
+def test_every_trace_format_trains_on_what_its_name_says() -> None:
+    """Five totals to a chain; the prompt is the same under every format, and graded alike."""
+    written = {}
+    for trace_format in TRACE_FORMATS:
+        data = make(ChainedSums(), trace_format=trace_format)
+        documents = data.documents("train")
+        assert len(documents) == NUM_TRAIN
+        written[trace_format] = [text_of(data, document).partition("=")[2] for document in documents]
+        prompts = [data.codec.tokenizer.decode(document.ids[: document.prompt_length]) for document in documents]
+        assert prompts == [f"{problem.text}=" for problem in data.problems("train")]
+    problems = make(ChainedSums()).problems("train")
+    assert written["chain_then_answer"] == [f"{p.chain}#{p.answer}" for p in problems]
+    assert written["answer_then_chain"] == [f"#{p.answer}:{p.chain}" for p in problems]
+    assert written["answer_only"] == [f"#{p.answer}" for p in problems]
+    assert written["filler_then_answer"] == [f"{'.' * len(p.chain)}#{p.answer}" for p in problems]
+    for problem, text in zip(problems, written["shuffled_chain"], strict=True):
+        chain, _, answer = text.partition("#")
+        assert sorted(chain.split(";")) == sorted(problem.chain.split(";")) and answer == problem.answer
+    shuffled = sum(p.chain not in text for p, text in zip(problems, written["shuffled_chain"], strict=True))
+    assert shuffled > NUM_TRAIN - 3  # all but chains of equal totals
+    swapped = [text.partition("#") for text in written["swapped_chain"]]
+    assert Counter(chain for chain, _, _ in swapped) == Counter(p.chain for p in problems)
+    assert [answer for _, _, answer in swapped] == [p.answer for p in problems]
+    assert not any(chain == p.chain for (chain, _, _), p in zip(swapped, problems, strict=True))
+
+
+def test_the_format_seed_alone_decides_which_chains_are_shuffled() -> None:
+    def written(**changes: Any) -> list[tuple[int, ...]]:
+        data = make(ChainedSums(), trace_format="shuffled_chain", **changes)
+        return [document.ids for document in data.documents("train")]
+
+    assert written() == written(seed=1) != written(format_seed=1)
+
+
+def test_validation_documents_keep_the_reference_chain_whatever_is_trained_on() -> None:
+    plain, swapped = make(ChainedSums()), make(ChainedSums(), trace_format="swapped_chain")
+    assert plain.documents("val") == swapped.documents("val")
+
+
+def test_what_is_too_long_is_dropped_and_counted() -> None:
+    lengths = [len(document.ids) for document in make().documents("train")]
+    limit = sorted(lengths)[NUM_TRAIN // 2]
+    data = make(max_tokens=limit)
+    data.setup()
+    assert [len(document.ids) for document in data.documents("train")] == [n for n in lengths if n <= limit]
+    told = data.summary()
+    assert told["dropped"]["train"] == {"too_long": sum(n > limit for n in lengths)}
+    assert told["rows"]["train"] == sum(n <= limit for n in lengths) and told["longest"] == limit
+    assert told["train_tokens"] == sum(n for n in lengths if n <= limit)
+
+
+def test_traces_without_chain_are_dropped_and_counted_where_a_chain_is_written(tmp_path: Path) -> None:
+    traces = [replace(t, chain="") if t.index % 3 == 0 else t for t in references()]
+    store = write_store(tmp_path / "store", traces)
+    data = make(store=str(store), num_train=None)
+    assert [document.index for document in data.documents("train")] == [n for n in range(NUM_TRAIN) if n % 3]
+    assert data.summary()["dropped"]["train"] == {"empty_chain": NUM_TRAIN // 3}
+    assert len(make(store=str(store), num_train=None, trace_format="answer_only").documents("train")) == NUM_TRAIN
+
+
+# -- stores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "store"])
+def test_a_file_and_a_store_train_like_the_traces_they_hold(kind: str, tmp_path: Path) -> None:
+    expected = make()
+    if kind == "store":
+        path = write_store(tmp_path / "store", references())
+    else:
+        path = write_jsonl(tmp_path / f"traces.{kind}", references())
+    data = make(store=str(path))
+    assert data.documents("train") == expected.documents("train")
+    assert data.fingerprint("train") == expected.fingerprint("train")
+    assert data.summary()["store"] == path.name and expected.summary()["store"] is None
+    few = make(store=str(path), num_train=7)
+    assert few.documents("train") == expected.documents("train")[:7]
+    assert few.problems("val") == expected.problems("val")
+
+
+def test_dropped_rows_of_a_store_are_not_trained_on(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", references(), dropped=frozenset({0, 4, 29}))
+    data = make(store=str(store), num_train=None)
+    kept = [trace for number, trace in enumerate(references()) if number not in (0, 4, 29)]
+    assert [text_of(data, d) for d in data.documents("train")] == [f"{t.problem}={t.chain}#{t.answer}" for t in kept]
+
+
+def test_a_store_s_text_may_hold_what_the_characters_lack(tmp_path: Path) -> None:
+    traces = references()
+    traces[3] = replace(traces[3], chain="what?")
+    data = make(store=str(write_jsonl(tmp_path / "traces.jsonl", traces)))
+    assert len(data.documents("train")) == NUM_TRAIN - 1
+    assert data.summary()["dropped"]["train"] == {"unknown_character": 1}
+
+
+def test_a_byte_pair_tokenizer_is_trained_on_the_train_texts_alone(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "traces.jsonl", references())
+    one, same = (make(store=str(path), tokenizer="bpe", vocab_size=300) for _ in range(2))
+    other = make(store=str(path), tokenizer="bpe", vocab_size=300, num_train=10)
+    assert one.facts() == same.facts() and one.facts()["tokenizer_sha256"] != other.facts()["tokenizer_sha256"]
+    assert text_of(one, one.documents("train")[0]) == text_of(make(), make().documents("train")[0])
+
+
+# -- other traces, the same data --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", ["characters", "bpe"])
+def test_with_traces_shares_problems_and_codec(tokenizer: str) -> None:
+    data = make(tokenizer=tokenizer, vocab_size=300, max_tokens=200)
+    data.setup()
+    before = data.documents("train")
+    own = [replace(trace, chain=f"{trace.chain};{trace.answer}") for trace in references(9)]
+    other = data.with_traces(own, seed=5)
+    assert other.codec is data.codec and other.facts() == data.facts()
+    assert other.documents("val") is data.documents("val") and other.problems("train") == data.problems("train")
+    assert [text_of(other, d) for d in other.documents("train")] == [f"{t.problem}={t.chain}#{t.answer}" for t in own]
+    assert other.fingerprint("train") != data.fingerprint("train")
+    assert data.documents("train") is before and data.seed == 0
+    orders = [data.with_traces(own, seed=seed).train_dataloader().order(0).tolist() for seed in (5, 5, 6)]
+    assert orders[0] == orders[1] != orders[2]
+    assert other.summary()["store"] is None and other.summary()["rows"]["train"] == 9
+
+
+# -- loaders ----------------------------------------------------------------------------------------------------------
+
+
+def test_loaders_serve_every_document_once() -> None:
+    data = make(packed_to=64, prompt_loss_weight=0.5)
+    train, val = data.train_dataloader(), data.val_dataloader()
+    assert isinstance(val, TokenLoader)
+    assert sorted(int(i) for batch in train for i in batch.index_D) == list(range(NUM_TRAIN))
+    assert [int(i) for batch in val for i in batch.index_D] == list(range(NUM_VAL))
+    (whole,) = data.loader("train", batch_size=NUM_TRAIN)
+    assert whole.index_D.tolist() == list(range(NUM_TRAIN)) and whole.ids_BT.shape[0] == NUM_TRAIN
+    documents = data.documents("train")
+    weight = sum(len(d.ids) - d.prompt_length + 0.5 * (d.prompt_length - 1) for d in documents)
+    assert whole.step_weight == pytest.approx(weight) == pytest.approx(float(whole.weight_BT.sum()))
+
+
+def test_without_validation_problems_there_is_no_validation() -> None:
+    data = make(num_val=0)
+    assert not data.has_val and data.val_dataloader() == [] and data.problems("val") == []
+    assert make().has_val and make().num_validation == NUM_VAL
+
+
+class Noting(L.LightningModule):
+    """One parameter, and the indices of every micro-batch it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple[int, ...]] = []
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        self.seen.append(tuple(batch.index_D.tolist()))
+        return (self.bias - float(batch.ids_BT.sum())) ** 2 / batch.step_weight
+
+    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-6)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        rewind_to_last_step(checkpoint, self.trainer.accumulate_grad_batches)
+
+
+class SaveAfter(L.Callback):
+    """One checkpoint after so many micro-batches."""
+
+    def __init__(self, batches: int, path: Path) -> None:
+        self.left, self.path = batches, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            trainer.save_checkpoint(self.path)
+
+
+def noted(accumulate: int, ckpt_path: Path | None = None, callbacks: list[L.Callback] | None = None) -> Noting:
+    """Two epochs of 30 documents in steps of 8, packed and grouped by length."""
+    module = Noting()
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=2, num_sanity_val_steps=0, callbacks=callbacks or [],
+        accumulate_grad_batches=accumulate, **quiet,
+    )  # fmt: skip
+    data = make(packed_to=96, length_grouping=2, seed=3)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    assert trainer.global_step == 2 * 4
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("accumulate", "saved"), [(1, 3), (1, 4), (2, 5)])
+def test_p82_a_resumed_epoch_goes_on_with_the_documents_that_are_left(
+    accumulate: int, saved: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "saved.ckpt"
+    whole = noted(accumulate, callbacks=[SaveAfter(saved, path)])
+    done = saved - saved % accumulate  # a step that was not finished comes again
+    resumed = noted(accumulate, ckpt_path=path)
+    assert resumed.seen == whole.seen[done:] and torch.equal(resumed.bias, whole.bias)
+    per_epoch = len(whole.seen) // 2
+    for epoch in (whole.seen[:per_epoch], whole.seen[per_epoch:]):
+        assert sorted(index for batch in epoch for index in batch) == list(range(NUM_TRAIN))
+    assert whole.seen[:per_epoch] != whole.seen[per_epoch:]
+
+
+# -- identity ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_is_of_what_is_served_and_of_nothing_else() -> None:
+    base = make().fingerprint("train")
+    for same in ({"seed": 3}, {"batch_size": 4}, {"packed_to": 200}, {"length_grouping": 2}, {"num_test": 1}):
+        assert make(**same).fingerprint("train") == base, same
+    changes: list[dict[str, Any]] = [
+        {"trace_format": "answer_only"}, {"trace_format": "shuffled_chain"}, {"prompt_loss_weight": 0.1},
+        {"problem_seed": 1}, {"num_train": 29}, {"max_tokens": 40}, {"tokenizer": "bpe", "vocab_size": 300},
+    ]  # fmt: skip
+    found = [make(**change).fingerprint("train") for change in changes]
+    assert len({base, *found}) == len(changes) + 1
+    assert make().fingerprint("val") == make(num_train=3).fingerprint("val") != base
+
+
+def test_facts_are_those_of_the_tokenizer() -> None:
+    data = make(ChainedSums())
+    facts, ids = data.facts(), data.codec.tokenizer.get_vocab()
+    assert (facts["vocab_size"], facts["eos_token_id"], facts["pad_token_id"]) == (len(ids), ids["<eos>"], ids["<pad>"])
+    assert set(ids) == {"<pad>", "<eos>", *"0123456789+-;=#:."}
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"num_train": 0}, "data.num_train is 0; expected at least 1, or null"),
+        ({"num_val": -1}, "data.num_val is -1"),
+        ({"batch_size": 0}, "data.batch_size is 0"),
+        ({"max_tokens": 1}, "data.max_tokens is 1"),
+        ({"trace_format": "chain"}, "data.trace_format is 'chain'; expected one of chain_then_answer"),
+    ],
+)
+def test_options_that_fit_no_data_are_refused_at_once(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        make(**change)
+    assert told in str(error.value)
+
+
+class Riddles(AbstractTask):
+    """Open text without chains."""
+
+    name = "riddles"
+
+    def problems(self, split: Split, num: int | None = None, seed: int = 0) -> list[Problem]:
+        return [Problem(n, f"What is {n} and {n}?", str(2 * n)) for n in range(100)][:num]
+
+    def verify(self, problem: Problem, answer: str | None) -> Verdict:
+        return Verdict.CORRECT if answer == problem.answer else Verdict.WRONG
+
+
+def test_characters_do_not_write_open_text() -> None:
+    data = TraceData(task=Riddles(), template=Alpaca(), tokenizer="characters")
+    with pytest.raises(ConfigError, match=r"data\.tokenizer is characters, but riddles has open text; give bpe or"):
+        data.facts()
+
+
+def test_nothing_left_to_train_on_is_an_error_that_tells_the_counts(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none of 30 traces can be encoded as chain_then_answer: 30 too_long"):
+        make(max_tokens=5).setup()
+    data = TraceData(task=Riddles(), template=Alpaca(), tokenizer="bpe", vocab_size=300, num_train=12)
+    with pytest.raises(DataError, match="none of 12 traces can be encoded as chain_then_answer: 12 empty_chain"):
+        data.setup()
+    traces = [replace(t, chain="" if t.index % 2 else "x" * 600) for t in references()]
+    with pytest.raises(DataError, match=r"none of 30 traces .*: 15 (empty_chain|unknown_character), 15 "):
+        make(store=str(write_store(tmp_path / "store", traces)), num_train=None).setup()
+
+
+def test_a_store_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    for path, told in ((tmp_path / "none.txt", "no folder of a trace store"), (tmp_path / "empty.jsonl", "is empty")):
+        with pytest.raises(ConfigError, match=told):
+            make(store=str(path)).setup()
