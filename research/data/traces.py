@@ -14,8 +14,9 @@ from research.data.resume import TrainerPlace
 from research.data.splits import DataError
 from research.data.token_loader import TokenLoader
 from research.errors import ConfigError
-from research.records import Problem, Trace
+from research.records import Problem, Trace, Verdict
 from research.tasks.base import AbstractTask, Split
+from research.tasks.released import read_released
 from research.text.codec import Codec
 from research.text.document import Document
 from research.text.formats import TRACE_FORMATS, arrange
@@ -24,6 +25,7 @@ from research.text.tokenizer import build_tokenizer, tokenizer_sha256
 from research.traces.reading import read_traces
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+RELEASED_PREFIX = "released:"
 HELD_OUT = "held_out"  # a trace of a problem that validation or test poses
 
 
@@ -31,7 +33,9 @@ class TraceData(L.LightningDataModule):
     """Traces to train on, and held-out problems to validate and test on.
 
     task, template    whose problems, and how they are written; see ``research.tasks`` and ``research.text``
-    store             folder of a trace store (``distill traces``), or a JSONL file; None: the task's own chains
+    store             folder of a trace store (``distill traces``), a JSONL file, or ``released:NAME`` for real traces
+                      in the data folder (see ``research.tasks.released``), ``released:NAME:correct`` for those of them
+                      with a right answer; None: the task's own chains
     trace_format      the arm of every ablation: chain_then_answer | answer_then_chain | answer_only | ...
     prompt_loss_weight   what a prompt's token counts in the loss, 0 to 1
     num_train         traces to train on, the first of the store or of the task; None: all
@@ -88,6 +92,7 @@ class TraceData(L.LightningDataModule):
         self._problems: dict[Split, list[Problem]] = {}
         self._documents: dict[Split, list[Document]] = {}
         self._skipped: dict[Split, Counter[str]] = {}
+        self._unread: Counter[str] = Counter()
         self._traces: list[Trace] | None = None
         self._codec: Codec | None = None
 
@@ -161,8 +166,8 @@ class TraceData(L.LightningDataModule):
                 separator = getattr(self.task, "step_separator", self.codec.template.step_separator)
                 traces = arrange(traces, self.trace_format, self._format_seed, separator)
             documents, skipped = self.codec.encode_all(traces)
-            if held_out:
-                skipped[HELD_OUT] = held_out
+            if split == "train":
+                skipped += self._unread + Counter({HELD_OUT: held_out})
             self._documents[split], self._skipped[split] = documents, skipped
             if split == "train" and not documents:
                 told = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
@@ -260,7 +265,19 @@ class TraceData(L.LightningDataModule):
         return build_tokenizer(kind)
 
     def _read_store(self) -> list[Trace]:
-        return read_traces(Path(str(self._store)), num=self._num["train"])
+        store, num = str(self._store), self._num["train"]
+        if not store.startswith(RELEASED_PREFIX):
+            return read_traces(Path(store), num=num)
+        name, _, which = store.removeprefix(RELEASED_PREFIX).partition(":")
+        if which not in ("", "correct"):
+            raise ConfigError(f"data.store is {store!r}; expected released:NAME or released:NAME:correct")
+        released = read_released(name)
+        if released.task.name != self.task.name:
+            raise ConfigError(f"data.store is {store!r}, traces of {released.task.name}; the task is {self.task.name}")
+        self._unread = Counter(released.skipped["train"])
+        traces = [t for t in released.traces["train"] if not which or t.details["verdict"] == Verdict.CORRECT]
+        self._unread["wrong_answer"] += len(released.traces["train"]) - len(traces)
+        return traces[:num]
 
 
 def _words(text: str) -> str:
