@@ -290,7 +290,9 @@ def shrunk(
         if not str(cfg.data._target_).endswith(".TraceData"):
             real_data_of(cfg, require_data)
             return []
-        few = ["data.num_train=16", "data.num_val=2", "data.num_test=2", "evaluation.max_new_tokens=6"]
+        few = ["data.num_train=16", "data.num_test=2", "evaluation.max_new_tokens=6"]
+        if cfg.data.num_val > 0:
+            few.append("data.num_val=2")
         if cfg.trainer.accumulate_grad_batches > 1:
             few.append("trainer.accumulate_grad_batches=2")
         if "path" in cfg.student:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def verdict_by_hand(text: str, stop: str, problem: str) -> str:
     if not mark or not answer or "=" in text:
         return "unparsed"
     total = sum(int(term) for term in problem.replace("+", " +").replace("-", " -").split())
-    if not all(character in "0123456789" for character in answer):
+    if not re.fullmatch("-?[0-9]+", answer):
         return "unparsed"
     return "correct" if answer == str(total) else "wrong"
 
