@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from research.data.resume import rewind_to_last_step
 from research.errors import CheckpointError, ConfigError, NonFiniteLoss
-from research.models.flops import flops_per_row_of
+from research.models.flops import flops_by_length, flops_per_row_of
 from research.models.weights import check_state, is_finite
 from research.records import Batch, LossSum, TeacherSignal, TokenBatch
 from research.teachers.base import AbstractTeacher
@@ -96,6 +96,7 @@ class AbstractMethod(L.LightningModule, ABC):
         self._step_flops = self._step_teacher_flops = 0.0
         self._step_tokens = 0
         self._flops_of_shape: dict[tuple[int, ...], float] = {}
+        self._flops_of_length: Callable[[int], float] | None = None
 
     @property
     def teacher(self) -> AbstractTeacher | None:
@@ -176,6 +177,10 @@ class AbstractMethod(L.LightningModule, ABC):
     def _update_flops(self, batch: Batch) -> float:
         """FLOPs of one micro-batch's forward and backward pass, counted once for each shape of a row."""
         inputs = batch.network_inputs()
+        if isinstance(batch, TokenBatch):
+            if self._flops_of_length is None:
+                self._flops_of_length = flops_by_length(self.student, inputs, backward=True)
+            return self._flops_of_length(int(batch.ids_BT.shape[1])) * int(batch.ids_BT.shape[0])
         shape = tuple(inputs[0].shape[1:])
         if shape not in self._flops_of_shape:
             self._flops_of_shape[shape] = flops_per_row_of(self.student, inputs, backward=True)

@@ -1,14 +1,15 @@
 """A trained network as a teacher: in eval mode, without gradient, its weights checked against their hash."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from research.models.flops import flops_per_row, flops_per_row_of
+from research.models.flops import flops_by_length, flops_per_row, flops_per_row_of
 from research.models.weights import refuse_zero_weights, weights_sha256
-from research.records import Batch, DenseLogits
+from research.records import Batch, DenseLogits, TokenBatch
 from research.teachers.base import AbstractTeacher, TeacherIdentity
 
 
@@ -41,6 +42,7 @@ class FrozenTeacher(AbstractTeacher):
         self._input_shape = loaded.input_shape
         self.num_classes = loaded.num_classes
         self._flops_of_shape: dict[tuple[int, ...], float] = {}
+        self._flops_of_length: Callable[[int], float] | None = None
         self.identity = TeacherIdentity(
             kind="frozen",
             sha256=weights_sha256(loaded.network),
@@ -72,10 +74,14 @@ class FrozenTeacher(AbstractTeacher):
 
     def flops_of(self, batch: Batch) -> float:
         inputs = batch.network_inputs()
-        shape = tuple(inputs[0].shape[1:])
+        shape, rows = tuple(inputs[0].shape[1:]), int(inputs[0].shape[0])
+        if isinstance(batch, TokenBatch):
+            if self._flops_of_length is None:
+                self._flops_of_length = flops_by_length(self._network, inputs, backward=False)
+            return self._flops_of_length(shape[0]) * rows
         if shape not in self._flops_of_shape:
             self._flops_of_shape[shape] = flops_per_row_of(self._network, inputs, backward=False)
-        return self._flops_of_shape[shape] * int(inputs[0].shape[0])
+        return self._flops_of_shape[shape] * rows
 
     def summary(self) -> dict[str, Any]:
         return {"parameters": sum(parameter.numel() for parameter in self._network.parameters())}

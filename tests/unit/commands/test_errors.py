@@ -8,7 +8,7 @@ import pytest
 
 # command line -> parts that its one line of error must hold; exit code 2: the config does not compose
 NOT_COMPOSED: dict[str, tuple[str, ...]] = {
-    "trian": ("no command 'trian'", "nearest valid: distill train", "cache, evaluate, study, report"),
+    "trian": ("no command 'trian'", "nearest valid: distill train", "cache, traces, evaluate, convert, study, report"),
     "--verison": ("no command '--verison'", "Commands: train"),
     "train sede=3": ("unknown key 'sede'", "nearest valid: seed", "Valid keys: name, seed"),
     "train ~nope": ("unknown key 'nope'", "Valid keys: name"),

@@ -37,7 +37,7 @@ def test_the_help_of_a_command_teaches_it(command: str, flag: str, distill: Call
 def test_the_help_of_train_lists_every_choice(distill: Callable[..., Any], tmp_path: Path, repository: Path) -> None:
     out = distill("train", "--help", cwd=tmp_path).out
     for path in (repository / "conf").glob("*/*.yaml"):
-        if path.parent.name not in ("paths", "hydra"):
+        if path.parent.name not in ("paths", "hydra", "generator", "filter"):  # the last two are of `distill traces`
             line = next(line for line in out.splitlines() if line.strip().startswith(path.parent.name))
             assert path.stem in line
 
@@ -86,6 +86,7 @@ def test_the_folder_of_a_cell_has_an_equals_sign(tmp_path: Path, monkeypatch: py
 
 
 def test_the_process_is_left_as_it_was(distill: Callable[..., Any], tmp_path: Path) -> None:
+    distill("train", "data.batch_size=0", cwd=tmp_path)  # what libraries set at their first import is theirs
     before, environment = list(sys.argv), dict(os.environ)
     distill("train", "sede=3", cwd=tmp_path)
     distill("train", "data.batch_size=0", cwd=tmp_path)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from research.models.classifiers import ConvNet, Mlp
-from research.models.flops import flops_of_inputs, flops_per_row, flops_per_row_of
+from research.models.flops import flops_by_length, flops_of_inputs, flops_per_row, flops_per_row_of
 from research.models.language import LanguageModel
 from research.models.weights import weights_sha256
 
@@ -93,6 +93,15 @@ def test_language_model_closed_form(architecture: str, options: dict, layer: int
     assert forward == 2 * products
     assert flops_per_row_of(network, text(5, length), backward=True) == 3 * forward
     assert flops_of_inputs(network, text(6, length), backward=False) == 6 * forward
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_three_counted_lengths_give_every_other(architecture: str, backward: bool) -> None:
+    network = language_model(architecture, max_positions=300)
+    at = flops_by_length(network, text(2, 3), backward=backward)
+    for length in (1, 13, 100, 257):
+        assert at(length) == pytest.approx(flops_per_row_of(network, text(5, length), backward=backward), rel=1e-12)
 
 
 def test_recomputed_activations_are_paid_for() -> None:
