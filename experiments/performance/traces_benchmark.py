@@ -1,0 +1,403 @@
+"""Benchmarks of written traces: ratios inside one run, in turn, medians with their range.
+
+    python experiments/performance/traces_benchmark.py               all of them, about 15 minutes on two quiet cores
+    python experiments/performance/traces_benchmark.py step          one or more of: step, packing, rollout, rows
+    python experiments/performance/traces_benchmark.py --quick       the same in sizes of seconds, which say nothing
+
+Writes traces_results.json and its table in README.md beside this file; --quick prints alone. Times are CPU times of one
+thread, so that other work on the machine weighs less; absolute ones are of this machine alone. `packing` reads real
+traces from RESEARCH_DATA_DIR.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from benchmark import composed, machine
+
+HERE = Path(__file__).resolve().parent
+BEGIN, END = "<!-- traces:begin -->", "<!-- traces:end -->"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured: rounds in which every arm runs once, and what one arm does in a round."""
+
+    rounds: int = 7
+    steps: int = 150
+    documents: Mapping[str, int] = None  # type: ignore[assignment]  # of each real set in packing
+    training: int = 150
+    prompts: int = 256
+    filter_rows: int = 1_000_000
+    store_rows: int = 200_000
+
+
+FULL = Sizes(documents={"gsm8k_r1distill": 128, "svamp_palm540b": 512})
+QUICK = Sizes(2, 4, {"gsm8k_r1distill": 8, "svamp_palm540b": 16}, 20, 16, 2000, 2000)
+
+
+def main(names: Sequence[str], quick: bool) -> None:
+    """Run the named benchmarks, or all, and write what they found."""
+    path = HERE / "traces_results.json"
+    found = json.loads(path.read_text()) if path.exists() and not quick else {}
+    for name in names or BENCHMARKS:
+        found[name] = BENCHMARKS[name](QUICK if quick else FULL) | about()
+        print(name, json.dumps(found[name]), flush=True)
+        if not quick:
+            path.write_text(json.dumps(found, indent=1) + "\n")
+    if quick:
+        print("\n".join(table(found)))
+    else:
+        write_table(found)
+
+
+# -- steps through Lightning ------------------------------------------------------------------------------------------
+
+
+def step(sizes: Sizes) -> dict[str, Any]:
+    """(a) One step of sft_trace on sum8 through Lightning, with its logger, against the same work in a plain loop."""
+    cfg = composed([*SUM8, f"trainer.limit_train_batches={sizes.steps}", f"data.num_train={64 * sizes.steps}"])
+    weights: dict[str, Any] = {}
+    tokens = 0
+
+    def lightning() -> float:
+        nonlocal tokens
+        seconds, method = lightning_epoch(cfg)
+        weights["lightning"], tokens = flat_weights(method.student), method.tokens_seen
+        return seconds / tokens
+
+    def plain() -> float:
+        parts = built(cfg)
+        seconds = plain_steps(cfg, parts.method.student, parts.data.train_dataloader(), sizes.steps)
+        weights["plain"] = flat_weights(parts.method.student)
+        return seconds / tokens
+
+    measured = in_turn({"lightning": lightning, "plain": plain}, sizes.rounds)
+    difference = float((weights["lightning"] - weights["plain"]).abs().max())
+    if not difference < 1e-3:
+        raise SystemExit(f"the two loops end in weights that differ by {difference}: they did not do the same work")
+    sizes_of = {"steps": sizes.steps, "tokens_per_step": tokens / sizes.steps, "weights_differ_by": difference}
+    return {"sum8": compared(measured["lightning"], measured["plain"]) | sizes_of}
+
+
+def lightning_epoch(cfg: Any) -> tuple[float, Any]:
+    """CPU seconds of one training epoch inside Trainer.fit, as `distill train` sets it up, and the trained method."""
+    import lightning as L
+
+    from research.config import build_logger, build_trainer
+
+    class Clock(L.Callback):
+        seconds = 0.0
+
+        def on_train_epoch_start(self, *_: object) -> None:
+            self.started = time.process_time()
+
+        def on_train_end(self, *_: object) -> None:
+            self.seconds = time.process_time() - self.started
+
+    clock, parts = Clock(), built(cfg)
+    with tempfile.TemporaryDirectory() as folder:
+        late = {"default_root_dir": folder, "callbacks": [clock], "logger": build_logger(cfg, Path(folder))}
+        quiet = {"enable_checkpointing": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+        trainer = build_trainer(cfg.trainer, **late, **quiet)
+        trainer.fit(parts.method, datamodule=parts.data)
+    return clock.seconds, parts.method
+
+
+def plain_steps(cfg: Any, student: Any, loader: Iterable[Any], steps: int) -> float:
+    """CPU seconds of so many steps in a short loop: same batches, loss, clipping, optimizer and schedule."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from research.config import make
+
+    optimizer = make(cfg.optimizer, "optimizer")(student.parameters())
+    scheduler = make(cfg.scheduler, "scheduler")(optimizer, total_steps=steps)
+    student.train()
+    started = time.process_time()
+    for batch in islice(loader, steps):
+        logits_BTV = student(*batch.network_inputs())
+        nll_N = cross_entropy(logits_BTV.flatten(0, 1), batch.label_BT.flatten(), reduction="none")
+        loss = nll_N @ batch.weight_BT.flatten() / batch.step_weight
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.trainer.gradient_clip_val)
+        optimizer.step()
+        scheduler.step()
+    return time.process_time() - started
+
+
+# -- packing ----------------------------------------------------------------------------------------------------------
+
+
+def packing(sizes: Sizes) -> dict[str, Any]:
+    """(b) Packed rows, and steps of like lengths, against shuffled padded rows, on the lengths of real traces."""
+    return {name: packing_of(name, num, sizes) for name, num in sizes.documents.items()}
+
+
+def packing_of(name: str, num: int, sizes: Sizes) -> dict[str, Any]:
+    """The same documents in the plain loop, one epoch for each arm and round."""
+    cfg = composed([*REAL, *REAL_SETS[name]])
+    data = built(cfg).data
+    codec, traces = data.codec, data.traces()  # the tokenizer is of all traces, the documents every so many
+    documents = codec.encode_all(traces[:: max(1, len(traces) // num)][:num])[0]
+    tokens = sum(map(len, documents))
+    arms = {
+        "padded": {},
+        "packed": {"packed_to": max(2 * max(map(len, documents)) // 64 * 64, 64)},
+        "grouped": {"length_grouping": 50},
+    }
+    places: dict[str, float] = {}
+
+    def epoch(arm: str) -> float:
+        loader = token_loader(documents, codec.pad_id, cfg.data.batch_size, arms[arm])
+        batches = list(loader)
+        places[arm] = sum(batch.ids_BT.numel() for batch in batches) / tokens
+        if sum(int((batch.segment_BT > 0).sum()) for batch in batches) != tokens:
+            raise SystemExit(f"{arm}: not every token of {name} is in the batches")
+        return plain_steps(cfg, built(cfg).method.student, loader, len(batches)) / tokens
+
+    measured = in_turn({arm: lambda arm=arm: epoch(arm) for arm in arms}, sizes.rounds)
+    lengths = sorted(map(len, documents))
+    about_lengths = {"documents": len(documents), "median_tokens": statistics.median(lengths), "longest": lengths[-1]}
+    return {
+        arm: compared(measured[arm], measured["padded"])
+        | {"places_per_token": round(places[arm], 3), "padded_places_per_token": round(places["padded"], 3)}
+        | options
+        | about_lengths
+        for arm, options in arms.items()
+        if arm != "padded"
+    }
+
+
+def token_loader(documents: Sequence[Any], pad_id: int, batch_size: int, options: Mapping[str, Any]) -> Any:
+    """The loader that TraceData makes, over these documents, at its first epoch."""
+    from research.data.token_loader import TokenLoader
+
+    def first() -> tuple[int, int]:
+        return 0, 0
+
+    return TokenLoader(documents, pad_id=pad_id, batch_size=batch_size, shuffle=True, where=first, **options)
+
+
+# -- rollouts ---------------------------------------------------------------------------------------------------------
+
+
+def rollout(sizes: Sizes) -> dict[str, Any]:
+    """(c) LocalGenerator against `model.generate` called directly: one batch of prompts, the same weights.
+
+    The model has just learned additions of 1 to 5 digits, so that completions end at many different lengths.
+    """
+    from research.generation.base import Prompt
+    from research.generation.in_process import LocalGenerator
+
+    cfg = composed([*ADDITION, f"data.num_train={64 * sizes.training}", f"data.num_val={sizes.prompts}"])
+    parts = built(cfg)
+    codec, network = parts.data.codec, parts.method.student
+    plain_steps(cfg, network, parts.data.train_dataloader(), sizes.training)
+    problems = parts.data.problems("val")
+    prompts = [Prompt(p.index, p.text, tuple(codec.prompt_ids(p.text))) for p in problems]
+    generator = LocalGenerator(network, codec, batch_rows=len(prompts))
+    return {
+        name: rollout_ratio(generator, network.model.eval(), codec, prompts, temperature, sizes.rounds)
+        for name, temperature in (("greedy", 0.0), ("sampled", 1.0))
+    }
+
+
+def rollout_ratio(
+    generator: Any, model: Any, codec: Any, prompts: Sequence[Any], temperature: float, rounds: int
+) -> dict[str, Any]:
+    from research.records import Sampling
+
+    written: dict[str, dict[int, tuple[int, ...]]] = {}
+
+    def ours() -> float:
+        sampling = Sampling(temperature=temperature, max_new_tokens=MAX_NEW_TOKENS)
+        started = time.process_time()
+        written["ours"] = {each.index: each.completions[0].ids for each in generator.generate(prompts, sampling)}
+        return (time.process_time() - started) / sum(map(len, written["ours"].values()))
+
+    def direct() -> float:
+        started = time.process_time()
+        written["direct"] = directly(model, codec, prompts, temperature)
+        return (time.process_time() - started) / sum(map(len, written["direct"].values()))
+
+    measured = in_turn({"ours": ours, "direct": direct}, rounds)
+    lengths = sorted(map(len, written["ours"].values()))
+    told: dict[str, Any] = {
+        "prompts": len(prompts),
+        "tokens": {"shortest": lengths[0], "median": statistics.median(lengths), "longest": lengths[-1]},
+        "distinct_lengths": len(set(lengths)),
+    }
+    if temperature == 0:
+        told["equal_completions"] = sum(written["ours"][p.index] == written["direct"][p.index] for p in prompts)
+    return compared(measured["ours"], measured["direct"]) | told
+
+
+def directly(model: Any, codec: Any, prompts: Sequence[Any], temperature: float) -> dict[int, tuple[int, ...]]:
+    """One call of `model.generate` on prompts padded on the left; what follows an EOS is cut off."""
+    import torch
+
+    width = max(len(prompt.ids) for prompt in prompts)
+    ids_BT = torch.tensor([[codec.pad_id] * (width - len(prompt.ids)) + list(prompt.ids) for prompt in prompts])
+    pads_B1 = torch.tensor([[width - len(prompt.ids)] for prompt in prompts])
+    drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    output_BT = model.generate(
+        ids_BT,
+        attention_mask=(torch.arange(width) >= pads_B1).long(),
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=temperature > 0,
+        eos_token_id=list(codec.eos_ids),
+        pad_token_id=codec.pad_id,
+        **drawn,
+    )
+    written = {}
+    for prompt, row in zip(prompts, output_BT[:, width:].tolist(), strict=True):
+        end = next((place + 1 for place, token in enumerate(row) if token in codec.eos_ids), len(row))
+        written[prompt.index] = tuple(row[:end])
+    return written
+
+
+# -- filters and store ------------------------------------------------------------------------------------------------
+
+
+def rows(sizes: Sizes) -> dict[str, Any]:
+    """(d) Rows per second and peak memory of the curated filters and of the store, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {
+            "filters": in_own_process("filters", sizes.filter_rows),
+            "write": in_own_process("write", sizes.store_rows, folder),
+            "read": in_own_process("read", sizes.store_rows, folder),
+        }
+
+
+def in_own_process(what: str, num: int, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, str(HERE / "rows_benchmark.py"), what, str(num), *arguments]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+# -- what all share ---------------------------------------------------------------------------------------------------
+
+
+def in_turn(arms: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each arm measures, A B C A B C, after one unmeasured round."""
+    found: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(rounds + 1):
+        for name, measure in arms.items():
+            seconds = measure()
+            if number > 0:
+                found[name].append(seconds)
+    return found
+
+
+def compared(first_s: Sequence[float], second_s: Sequence[float]) -> dict[str, Any]:
+    """CPU seconds per token of two arms: the median of their ratios round by round, its range, and tokens per second.
+
+    ratio  time of the first / time of the second, so that below 1 the first is faster
+    """
+    ratios = sorted(a / b for a, b in zip(first_s, second_s, strict=True))
+    named = {"ratio": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]}
+    speeds = {"first_tokens_per_s": first_s, "second_tokens_per_s": second_s}
+    return (
+        {name: round(value, 3) for name, value in named.items()}
+        | {name: round(1 / statistics.median(seconds)) for name, seconds in speeds.items()}
+        | {"rounds": len(ratios)}
+    )
+
+
+def built(cfg: Any) -> Any:
+    """Fresh data, student and method; equal configs give equal initial weights."""
+    from research.config import build
+
+    parts = build(cfg)
+    parts.data.setup()
+    return parts
+
+
+def flat_weights(network: Any) -> Any:
+    import torch
+
+    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()]).clone()
+
+
+def about() -> dict[str, Any]:
+    """Hardware and versions."""
+    from research.results.record import collect_versions
+
+    return machine() | {"versions": collect_versions()}
+
+
+def table(found: Mapping[str, Any]) -> list[str]:
+    """The README's two tables."""
+    lines = [
+        "| what | ratio of time per token (median, range) | goal | first, tokens/s | second, tokens/s |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for what, goal, entry in ratios_of(found):
+        spread = f"{entry['ratio']} ({entry['low']} to {entry['high']})"
+        speeds = f"{entry['first_tokens_per_s']:,} | {entry['second_tokens_per_s']:,}"
+        lines.append(f"| {what} | {spread} | {goal} | {speeds} |")
+    lines += ["", "| what | rows | rows/s (median, range) | last tenth / first | peak memory, MB |"]
+    lines += ["|---|--:|--:|--:|--:|"]
+    for what, key in (("curated filters", "filters"), ("store, written", "write"), ("store, read", "read")):
+        if entry := found.get("rows", {}).get(key):
+            spread = f"{entry['rows_per_s']:,} ({entry['low']:,} to {entry['high']:,})"
+            memory = f"{entry['peak_mb']} ({entry['peak_mb_before']} before the first row)"
+            lines.append(f"| {what} | {entry['rows']:,} | {spread} | {entry['later']} | {memory} |")
+    return lines
+
+
+def ratios_of(found: Mapping[str, Any]) -> Iterable[tuple[str, str, Mapping[str, Any]]]:
+    """(what, goal, entry) of everything that is compared."""
+    if "step" in found:
+        yield "sft_trace on sum8 through Lightning / plain loop", "<= 1.15", found["step"]["sum8"]
+    for name in REAL_SETS:
+        for arm, entry in found.get("packing", {}).get(name, {}).items():
+            yield f"{arm} / padded, lengths of {name}", "reported", entry
+    for name in ("greedy", "sampled"):
+        if entry := found.get("rollout", {}).get(name):
+            yield f"LocalGenerator / `model.generate`, {name}", "reported", entry
+
+
+def write_table(found: Mapping[str, Any]) -> None:
+    """The README's tables, between their markers."""
+    path = HERE / "README.md"
+    text = path.read_text()
+    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    path.write_text(f"{head}\n" + "\n".join(table(found)) + f"\n{tail}")
+
+
+QUIET = ["trainer.max_epochs=1", "trainer.limit_val_batches=0", "trainer.enable_progress_bar=false"]
+SUM8 = ["experiment=sum8_trace", "data.num_val=1", "data.num_test=1", *QUIET]
+MODEL = ["data=traces", "model@student=llama", "method=sft_trace", "optimizer=adamw", "optimizer.lr=4.0e-3",
+         "student.initializer_range=0.1", "trainer.gradient_clip_val=1.0", *QUIET]  # fmt: skip
+ADDITION = [*MODEL, "task=addition", "template=plain", "data.num_test=0"]
+MAX_NEW_TOKENS = 96
+REAL = [*MODEL, "template=think", "data.tokenizer=bpe", "data.num_val=1", "data.num_test=1", "data.max_tokens=1024",
+        "student.max_positions=1024"]  # fmt: skip
+REAL_SETS = {
+    "gsm8k_r1distill": ["task=gsm8k_r1", "data.store=released:gsm8k_r1distill", "data.num_train=1000",
+                        "data.batch_size=16"],
+    "svamp_palm540b": ["task=svamp", "data.store=released:svamp_palm540b", "data.batch_size=64"],
+}  # fmt: skip
+BENCHMARKS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
+    "step": step, "packing": packing, "rollout": rollout, "rows": rows
+}  # fmt: skip
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; none: all")
+    parser.add_argument("--quick", action="store_true", help="sizes of seconds, printed and not written")
+    given = parser.parse_args()
+    if unknown := set(given.names) - set(BENCHMARKS):
+        parser.error(f"no benchmark {sorted(unknown)[0]}; expected {', '.join(BENCHMARKS)}")
+    main(given.names, given.quick)
