@@ -40,7 +40,6 @@ ALLOWED_PREFIXES: tuple[str, ...] = (
     "lightning.pytorch.loggers.",
 )
 DataModule = AbstractClassData | TraceData
-UNSET = "???"  # how a config file says that a value must be given; `plain` leaves it as it is
 
 
 @dataclass
@@ -185,8 +184,6 @@ def make(node: Any, key: str, **late: Any) -> Any:
     check_keys(arguments["_target_"], key, given)
     for name in given.keys() & late.keys():
         raise ConfigError(f"{key}.{name} is set by the run itself; leave it out of the config")
-    for name in (name for name, value in given.items() if value == UNSET):
-        raise ConfigError(f"{key}.{name} is not set, and has no default here; give {key}.{name}=...")
     # in a factory, null leaves a value to the run
     check_types(called, key, {name: value for name, value in given.items() if not (partial and value is None)})
     if not partial:

@@ -10,12 +10,15 @@ traces from RESEARCH_DATA_DIR.
 """
 
 import argparse
+import copy
 import json
+import logging
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -32,9 +35,9 @@ BEGIN, END = "<!-- traces:begin -->", "<!-- traces:end -->"
 class Sizes:
     """How much is measured: rounds in which every arm runs once, and what one arm does in a round."""
 
+    documents: Mapping[str, int]  # of each real set, for packing
     rounds: int = 7
     steps: int = 150
-    documents: Mapping[str, int] = None  # type: ignore[assignment]  # of each real set in packing
     training: int = 150
     prompts: int = 256
     filter_rows: int = 1_000_000
@@ -42,11 +45,16 @@ class Sizes:
 
 
 FULL = Sizes(documents={"gsm8k_r1distill": 128, "svamp_palm540b": 512})
-QUICK = Sizes(2, 4, {"gsm8k_r1distill": 8, "svamp_palm540b": 16}, 20, 16, 2000, 2000)
+QUICK = Sizes(
+    documents={"gsm8k_r1distill": 8, "svamp_palm540b": 16},
+    rounds=2, steps=4, training=20, prompts=16, filter_rows=2000, store_rows=2000,
+)  # fmt: skip
 
 
 def main(names: Sequence[str], quick: bool) -> None:
     """Run the named benchmarks, or all, and write what they found."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
     path = HERE / "traces_results.json"
     found = json.loads(path.read_text()) if path.exists() and not quick else {}
     for name in names or BENCHMARKS:
@@ -147,8 +155,8 @@ def packing(sizes: Sizes) -> dict[str, Any]:
 def packing_of(name: str, num: int, sizes: Sizes) -> dict[str, Any]:
     """The same documents in the plain loop, one epoch for each arm and round."""
     cfg = composed([*REAL, *REAL_SETS[name]])
-    data = built(cfg).data
-    codec, traces = data.codec, data.traces()  # the tokenizer is of all traces, the documents every so many
+    parts = built(cfg)
+    codec, traces = parts.data.codec, parts.data.traces()  # the tokenizer is of all traces, the documents every so many
     documents = codec.encode_all(traces[:: max(1, len(traces) // num)][:num])[0]
     tokens = sum(map(len, documents))
     arms = {
@@ -164,7 +172,8 @@ def packing_of(name: str, num: int, sizes: Sizes) -> dict[str, Any]:
         places[arm] = sum(batch.ids_BT.numel() for batch in batches) / tokens
         if sum(int((batch.segment_BT > 0).sum()) for batch in batches) != tokens:
             raise SystemExit(f"{arm}: not every token of {name} is in the batches")
-        return plain_steps(cfg, built(cfg).method.student, loader, len(batches)) / tokens
+        student = copy.deepcopy(parts.method.student)  # every epoch begins with the same weights
+        return plain_steps(cfg, student, loader, len(batches)) / tokens
 
     measured = in_turn({arm: lambda arm=arm: epoch(arm) for arm in arms}, sizes.rounds)
     lengths = sorted(map(len, documents))

@@ -93,7 +93,8 @@ def _unknown_key(command: str, conf_dir: str, arguments: list[str], key: str, wh
     parent, _, name = key.rpartition(".")
     below = OmegaConf.select(node, parent) if parent else node
     valid = [str(k) for k in below if k != "_target_"] if isinstance(below, DictConfig) else []
-    hint = nearest(name, valid, f"{parent}." if parent else "")
+    exact = "" if parent else _elsewhere(node, key)  # the very key, in a group, beats a near one at the root
+    hint = exact or nearest(name, valid, f"{parent}." if parent else "")
     hint = hint or _in_another_choice(Path(conf_dir), parent, name, valid) or _elsewhere(node, key)
     if isinstance(below, DictConfig) and not valid:
         return f"{parent} holds no keys yet; add one with +{key}=..."

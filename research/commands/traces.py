@@ -3,8 +3,7 @@
   distill traces task=sum5 teacher.path=outputs/teacher/RUN sampling.num_samples=4 store=outputs/stores/sum5
   distill traces task=sum5 teacher.path=RUN filter=step_verifier data.num_problems=4000
   distill traces task=sum5 teacher.path=RUN 'filters=[{name: answer_key}, {name: length, max_tokens: 40}]'
-  distill traces task=gsm8k template=think generator=server generator.base_url=http://127.0.0.1:8000/v1 \\
-      generator.model=NAME sampling.max_new_tokens=4096 filter=curated
+  distill traces task=gsm8k template=think generator=server generator.base_url=http://127.0.0.1:8000/v1
   distill traces source=reference task=sum5 template=plain '+corruption.compensating_pair=0.5'
   distill traces source=file data.file=traces.jsonl filter=none
 

@@ -137,6 +137,7 @@ class TraceData(L.LightningDataModule):
         """The same data with other traces to train on, in an order of ``seed``; problems and codec are shared."""
         other = copy.copy(self)
         other.seed, other._traces, other._store = seed, list(traces), None
+        other._unread = Counter()
         kept: dict[Split, list[Document]] = {"val": self.documents("val")}
         other._documents, other._skipped = kept, {"val": self._skipped["val"]}
         return other
@@ -162,6 +163,7 @@ class TraceData(L.LightningDataModule):
             traces = self.traces() if split == "train" else [reference_trace(p) for p in self.problems(split)]
             held_out = 0
             if split == "train":
+                given = len(traces)
                 traces, held_out = self._without_held_out(traces)
                 separator = getattr(self.task, "step_separator", self.codec.template.step_separator)
                 traces = arrange(traces, self.trace_format, self._format_seed, separator)
@@ -171,7 +173,7 @@ class TraceData(L.LightningDataModule):
             self._documents[split], self._skipped[split] = documents, skipped
             if split == "train" and not documents:
                 told = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-                raise DataError(f"none of {len(traces)} traces can be encoded as {self.trace_format}: {told}")
+                raise DataError(f"none of {given} traces can be encoded as {self.trace_format}: {told}")
         return self._documents[split]
 
     def _without_held_out(self, traces: list[Trace]) -> tuple[list[Trace], int]:

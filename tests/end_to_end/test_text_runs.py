@@ -126,7 +126,7 @@ def test_evaluate_poses_longer_problems(run: Path, distill: Distill, tmp_path: P
         "data.task is 'sum5'; give keys of the task"
         in distill("evaluate", str(run), "+data.task=sum5", cwd=tmp_path).error
     )
-    assert "nearest valid: num_terms" in distill("evaluate", str(run), "+data.task.num_term=4", cwd=tmp_path).error
+    assert "nearest valid: task.num_terms" in distill("evaluate", str(run), "+data.task.num_term=4", cwd=tmp_path).error
 
 
 def test_a_variant_poses_longer_problems(distill: Distill, tmp_path: Path) -> None:

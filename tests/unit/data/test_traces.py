@@ -3,7 +3,7 @@
 import gzip
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from research.records import Problem, TokenBatch, Trace, Verdict
 from research.tasks.addition import Addition
 from research.tasks.arithmetic import ChainedSums
 from research.tasks.base import AbstractTask, Split
+from research.tasks.word_problems import Gsm8k, Svamp
 from research.text.document import Document
 from research.text.formats import TRACE_FORMATS
 from research.text.templates import Alpaca, Plain
@@ -163,6 +164,46 @@ def test_dropped_rows_of_a_store_are_not_trained_on(tmp_path: Path) -> None:
     assert [text_of(data, d) for d in data.documents("train")] == [f"{t.problem}={t.chain}#{t.answer}" for t in kept]
 
 
+def test_traces_of_held_out_problems_are_dropped_and_counted(tmp_path: Path) -> None:
+    """They are told by their words, whoever wrote the store and whatever the spacing."""
+    data = make()
+    asked = [*data.problems("val")[:2], *data.problems("test")[:1]]
+    leaked = [replace(reference_trace(problem), problem=f" {problem.text} ") for problem in asked]
+    path = write_jsonl(tmp_path / "traces.jsonl", [*leaked, *references(5)])
+    mixed = make(store=str(path))
+    assert [text_of(mixed, d).partition("=")[0] for d in mixed.documents("train")] == [t.problem for t in references(5)]
+    assert mixed.summary()["dropped"]["train"] == {"held_out": 3}
+    other = data.with_traces([*leaked, *references(4)], seed=1)
+    assert len(other.documents("train")) == 4 and other.summary()["dropped"]["train"] == {"held_out": 3}
+    with pytest.raises(DataError, match="none of 3 traces can be encoded as chain_then_answer: 3 held_out"):
+        data.with_traces(leaked, seed=1).setup()
+
+
+def test_released_traces_are_a_store_by_name(require_data: Callable[..., Path]) -> None:
+    require_data("traces")
+    options: dict[str, Any] = {
+        "template": Alpaca(), "tokenizer": "bpe", "vocab_size": 300, "max_tokens": 4000, "num_train": 20, "num_val": 5,
+        "num_test": 5,
+    }  # fmt: skip
+    every = TraceData(task=Svamp(), store="released:svamp_palm540b", **options)
+    correct = TraceData(task=Svamp(), store="released:svamp_palm540b:correct", **options)
+    assert len(every.traces()) == len(correct.traces()) == 20
+    assert {trace.details["verdict"] for trace in correct.traces()} == {Verdict.CORRECT}
+    assert {trace.details["verdict"] for trace in every.traces()} > {Verdict.CORRECT}
+    correct.setup()
+    dropped = correct.summary()["dropped"]["train"]
+    assert dropped["wrong_answer"] > 20 and dropped.get("too_long", 0) == 0
+    assert correct.with_traces(correct.traces(), seed=1).summary()["dropped"]["train"] == {}
+    for store, told in (
+        ("released:svamp_palm540b:right", "expected released:NAME or"),
+        ("released:palm", "give one of"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            TraceData(task=Svamp(), store=store, **options).setup()
+    with pytest.raises(ConfigError, match="traces of svamp; the task is gsm8k"):
+        TraceData(task=Gsm8k(), store="released:svamp_palm540b", **options).traces()
+
+
 def test_a_store_s_text_may_hold_what_the_characters_lack(tmp_path: Path) -> None:
     traces = references()
     traces[3] = replace(traces[3], chain="what?")
@@ -203,7 +244,7 @@ def test_with_traces_shares_problems_and_codec(tokenizer: str) -> None:
 
 
 def test_loaders_serve_every_document_once() -> None:
-    data = make(packed_to=64, prompt_loss_weight=0.5)
+    data = make(packed_to=72, prompt_loss_weight=0.5)
     train, val = data.train_dataloader(), data.val_dataloader()
     assert isinstance(val, TokenLoader)
     assert sorted(int(i) for batch in train for i in batch.index_D) == list(range(NUM_TRAIN))
@@ -333,7 +374,7 @@ class Riddles(AbstractTask):
     name = "riddles"
 
     def problems(self, split: Split, num: int | None = None, seed: int = 0) -> list[Problem]:
-        return [Problem(n, f"What is {n} and {n}?", str(2 * n)) for n in range(100)][:num]
+        return [Problem(n, f"What is {n} and {n}, for {split}?", str(2 * n)) for n in range(100)][:num]
 
     def verify(self, problem: Problem, answer: str | None) -> Verdict:
         return Verdict.CORRECT if answer == problem.answer else Verdict.WRONG
