@@ -150,9 +150,9 @@ display(Markdown("\n".join(rows)))
 # %% [markdown]
 # ## 2. Three templates, one problem
 #
-# `plain` is for symbolic tasks at one character a token, `alpaca` has headers and an answer line, `think` puts the chain
-# between tags. The prompt is grey and the graded completion bold; the tags of `think` are graded tokens, since the
-# student has to write them.
+# `plain` is for symbolic tasks at one character a token, `alpaca` has headers and an answer line, `think` puts the
+# chain between tags. The prompt is grey and the graded completion bold; the tags of `think` are graded tokens, since
+# the student has to write them.
 
 # %%
 sums = ChainedSums(num_terms=4)
@@ -406,7 +406,7 @@ for name in shown:
         layout="constrained",
     )
     left = {outcome: 0.0 for outcome in OUTCOME_COLOURS}
-    for place, (arm, found) in enumerate(arms.items()):
+    for place, found in enumerate(arms.values()):
         colour = ARM_COLOURS[place % len(ARM_COLOURS)]
         accuracy = [row["test/accuracy"] for row in found]
         mean = summarise(accuracy)

@@ -44,7 +44,7 @@ class Sizes:
     store_rows: int = 200_000
 
 
-FULL = Sizes(documents={"gsm8k_r1distill": 128, "svamp_palm540b": 512})
+FULL = Sizes(documents={"gsm8k_r1distill": 96, "svamp_palm540b": 384})
 QUICK = Sizes(
     documents={"gsm8k_r1distill": 8, "svamp_palm540b": 16},
     rounds=2, steps=4, training=20, prompts=16, filter_rows=2000, store_rows=2000,
@@ -158,12 +158,9 @@ def packing_of(name: str, num: int, sizes: Sizes) -> dict[str, Any]:
     parts = built(cfg)
     codec, traces = parts.data.codec, parts.data.traces()  # the tokenizer is of all traces, the documents every so many
     documents = codec.encode_all(traces[:: max(1, len(traces) // num)][:num])[0]
-    tokens = sum(map(len, documents))
-    arms = {
-        "padded": {},
-        "packed": {"packed_to": max(2 * max(map(len, documents)) // 64 * 64, 64)},
-        "grouped": {"length_grouping": 50},
-    }
+    lengths = sorted(map(len, documents))
+    tokens = sum(lengths)
+    arms = {"padded": {}, "packed": {"packed_to": lengths[-1]}, "grouped": {"length_grouping": 50}}
     places: dict[str, float] = {}
 
     def epoch(arm: str) -> float:
@@ -176,7 +173,6 @@ def packing_of(name: str, num: int, sizes: Sizes) -> dict[str, Any]:
         return plain_steps(cfg, student, loader, len(batches)) / tokens
 
     measured = in_turn({arm: lambda arm=arm: epoch(arm) for arm in arms}, sizes.rounds)
-    lengths = sorted(map(len, documents))
     about_lengths = {"documents": len(documents), "median_tokens": statistics.median(lengths), "longest": lengths[-1]}
     return {
         arm: compared(measured[arm], measured["padded"])

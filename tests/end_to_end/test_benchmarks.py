@@ -1,0 +1,61 @@
+"""The benchmarks of written traces run in small, and what they compare is the same work. No time is asserted."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "experiments" / "performance"
+
+
+def quick(*names: str) -> tuple[dict[str, Any], list[str]]:
+    """What each named benchmark found, and the lines of the tables."""
+    command = [sys.executable, str(FOLDER / "traces_benchmark.py"), *names, "--quick"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    written = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.is_file()}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.is_file()} == written
+    lines = done.stdout.splitlines()
+    split = [line.split(" ", 1) for line in lines if line.startswith(names)]
+    return {name: json.loads(told) for name, told in split}, [line for line in lines if line.startswith("|")]
+
+
+@pytest.mark.slow
+def test_benchmarks_of_traces_compare_the_same_work() -> None:
+    found, table = quick("step", "rollout", "rows")
+    assert found["step"]["sum8"]["weights_differ_by"] < 1e-5
+    greedy, sampled = found["rollout"]["greedy"], found["rollout"]["sampled"]
+    assert greedy["equal_completions"] == greedy["prompts"] == 16
+    assert sampled["distinct_lengths"] > 1
+    for entry in (found["step"]["sum8"], greedy, sampled):
+        assert 0 < entry["low"] <= entry["ratio"] <= entry["high"] and entry["rounds"] == 2
+    assert len(table) == 2 + 3 + 2 + 3
+
+
+@pytest.mark.slow
+def test_benchmark_of_filters_meets_every_reason_and_the_store_every_row() -> None:
+    """Of 2,000 rows one in a hundred is spoilt for each filter; of the duplicates the first is kept."""
+    rows = quick("rows")[0]["rows"]
+    assert set(rows["filters"]["dropped"]) == set(rows["filters"]["filters"])
+    assert rows["filters"]["dropped"].pop("duplicates") == 19
+    assert set(rows["filters"]["dropped"].values()) == {20}
+    assert rows["filters"]["kept"] == 2000 - 6 * 20 - 19
+    assert rows["write"]["rows"] == rows["read"]["rows"] == 2000 and rows["write"]["shards"] == 100
+    assert all(0 < rows[part]["peak_mb_before"] <= rows[part]["peak_mb"] for part in ("filters", "write", "read"))
+
+
+@pytest.mark.slow
+def test_benchmark_of_packing_runs_on_real_lengths(require_data: Callable[..., Path]) -> None:
+    require_data("traces")
+    for arms in quick("packing")[0]["packing"].values():
+        if "packed" not in arms:  # hardware and versions
+            continue
+        packed = arms["packed"]
+        assert 1 <= packed["places_per_token"] < packed["padded_places_per_token"]
+        assert packed["packed_to"] == packed["longest"]
