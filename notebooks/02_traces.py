@@ -23,9 +23,12 @@
 import html
 import json
 import textwrap
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars are not drawn here
 
 import matplotlib.pyplot as plt
 import torch

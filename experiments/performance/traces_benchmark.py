@@ -21,11 +21,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmark import composed, machine
+from benchmark import composed
+from measuring import LANGUAGE_MODEL, QUIET, about, built, compared, flat_weights, in_turn, plain_steps
+from rollout_benchmark import rollout
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- traces:begin -->", "<!-- traces:end -->"
@@ -121,29 +122,6 @@ def lightning_epoch(cfg: Any) -> tuple[float, Any]:
     return clock.seconds, parts.method
 
 
-def plain_steps(cfg: Any, student: Any, loader: Iterable[Any], steps: int) -> float:
-    """CPU seconds of so many steps in a short loop: same batches, loss, clipping, optimizer and schedule."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    from research.config import make
-
-    optimizer = make(cfg.optimizer, "optimizer")(student.parameters())
-    scheduler = make(cfg.scheduler, "scheduler")(optimizer, total_steps=steps)
-    student.train()
-    started = time.process_time()
-    for batch in islice(loader, steps):
-        logits_BTV = student(*batch.network_inputs())
-        nll_N = cross_entropy(logits_BTV.flatten(0, 1), batch.label_BT.flatten(), reduction="none")
-        loss = nll_N @ batch.weight_BT.flatten() / batch.step_weight
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.trainer.gradient_clip_val)
-        optimizer.step()
-        scheduler.step()
-    return time.process_time() - started
-
-
 # -- packing ----------------------------------------------------------------------------------------------------------
 
 
@@ -160,7 +138,7 @@ def packing_of(name: str, num: int, sizes: Sizes) -> dict[str, Any]:
     documents = codec.encode_all(traces[:: max(1, len(traces) // num)][:num])[0]
     lengths = sorted(map(len, documents))
     tokens = sum(lengths)
-    arms = {"padded": {}, "packed": {"packed_to": lengths[-1]}, "grouped": {"length_grouping": 50}}
+    arms = {"padded": {}, "packed": {"packed_to": PACKED_TO[name]}, "grouped": {"length_grouping": 50}}
     places: dict[str, float] = {}
 
     def epoch(arm: str) -> float:
@@ -194,89 +172,11 @@ def token_loader(documents: Sequence[Any], pad_id: int, batch_size: int, options
     return TokenLoader(documents, pad_id=pad_id, batch_size=batch_size, shuffle=True, where=first, **options)
 
 
-# -- rollouts ---------------------------------------------------------------------------------------------------------
-
-
-def rollout(sizes: Sizes) -> dict[str, Any]:
-    """(c) LocalGenerator against `model.generate` called directly: one batch of prompts, the same weights.
-
-    The model has just learned additions of 1 to 5 digits, so that completions end at many different lengths.
-    """
-    from research.generation.base import Prompt
-    from research.generation.in_process import LocalGenerator
-
-    cfg = composed([*ADDITION, f"data.num_train={64 * sizes.training}", f"data.num_val={sizes.prompts}"])
-    parts = built(cfg)
-    codec, network = parts.data.codec, parts.method.student
-    plain_steps(cfg, network, parts.data.train_dataloader(), sizes.training)
-    problems = parts.data.problems("val")
-    prompts = [Prompt(p.index, p.text, tuple(codec.prompt_ids(p.text))) for p in problems]
-    generator = LocalGenerator(network, codec, batch_rows=len(prompts))
-    return {
-        name: rollout_ratio(generator, network.model.eval(), codec, prompts, temperature, sizes.rounds)
-        for name, temperature in (("greedy", 0.0), ("sampled", 1.0))
-    }
-
-
-def rollout_ratio(
-    generator: Any, model: Any, codec: Any, prompts: Sequence[Any], temperature: float, rounds: int
-) -> dict[str, Any]:
-    from research.records import Sampling
-
-    written: dict[str, dict[int, tuple[int, ...]]] = {}
-
-    def ours() -> float:
-        sampling = Sampling(temperature=temperature, max_new_tokens=MAX_NEW_TOKENS)
-        started = time.process_time()
-        written["ours"] = {each.index: each.completions[0].ids for each in generator.generate(prompts, sampling)}
-        return (time.process_time() - started) / sum(map(len, written["ours"].values()))
-
-    def direct() -> float:
-        started = time.process_time()
-        written["direct"] = directly(model, codec, prompts, temperature)
-        return (time.process_time() - started) / sum(map(len, written["direct"].values()))
-
-    measured = in_turn({"ours": ours, "direct": direct}, rounds)
-    lengths = sorted(map(len, written["ours"].values()))
-    told: dict[str, Any] = {
-        "prompts": len(prompts),
-        "tokens": {"shortest": lengths[0], "median": statistics.median(lengths), "longest": lengths[-1]},
-        "distinct_lengths": len(set(lengths)),
-    }
-    if temperature == 0:
-        told["equal_completions"] = sum(written["ours"][p.index] == written["direct"][p.index] for p in prompts)
-    return compared(measured["ours"], measured["direct"]) | told
-
-
-def directly(model: Any, codec: Any, prompts: Sequence[Any], temperature: float) -> dict[int, tuple[int, ...]]:
-    """One call of `model.generate` on prompts padded on the left; what follows an EOS is cut off."""
-    import torch
-
-    width = max(len(prompt.ids) for prompt in prompts)
-    ids_BT = torch.tensor([[codec.pad_id] * (width - len(prompt.ids)) + list(prompt.ids) for prompt in prompts])
-    pads_B1 = torch.tensor([[width - len(prompt.ids)] for prompt in prompts])
-    drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    output_BT = model.generate(
-        ids_BT,
-        attention_mask=(torch.arange(width) >= pads_B1).long(),
-        max_new_tokens=MAX_NEW_TOKENS,
-        do_sample=temperature > 0,
-        eos_token_id=list(codec.eos_ids),
-        pad_token_id=codec.pad_id,
-        **drawn,
-    )
-    written = {}
-    for prompt, row in zip(prompts, output_BT[:, width:].tolist(), strict=True):
-        end = next((place + 1 for place, token in enumerate(row) if token in codec.eos_ids), len(row))
-        written[prompt.index] = tuple(row[:end])
-    return written
-
-
 # -- filters and store ------------------------------------------------------------------------------------------------
 
 
 def rows(sizes: Sizes) -> dict[str, Any]:
-    """(d) Rows per second and peak memory of the curated filters and of the store, each in a process of its own."""
+    """(c) Rows per second and peak memory of the curated filters and of the store, each in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         return {
             "filters": in_own_process("filters", sizes.filter_rows),
@@ -290,55 +190,7 @@ def in_own_process(what: str, num: int, *arguments: str) -> dict[str, Any]:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-# -- what all share ---------------------------------------------------------------------------------------------------
-
-
-def in_turn(arms: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each arm measures, A B C A B C, after one unmeasured round."""
-    found: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(rounds + 1):
-        for name, measure in arms.items():
-            seconds = measure()
-            if number > 0:
-                found[name].append(seconds)
-    return found
-
-
-def compared(first_s: Sequence[float], second_s: Sequence[float]) -> dict[str, Any]:
-    """CPU seconds per token of two arms: the median of their ratios round by round, its range, and tokens per second.
-
-    ratio  time of the first / time of the second, so that below 1 the first is faster
-    """
-    ratios = sorted(a / b for a, b in zip(first_s, second_s, strict=True))
-    named = {"ratio": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]}
-    speeds = {"first_tokens_per_s": first_s, "second_tokens_per_s": second_s}
-    return (
-        {name: round(value, 3) for name, value in named.items()}
-        | {name: round(1 / statistics.median(seconds)) for name, seconds in speeds.items()}
-        | {"rounds": len(ratios)}
-    )
-
-
-def built(cfg: Any) -> Any:
-    """Fresh data, student and method; equal configs give equal initial weights."""
-    from research.config import build
-
-    parts = build(cfg)
-    parts.data.setup()
-    return parts
-
-
-def flat_weights(network: Any) -> Any:
-    import torch
-
-    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()]).clone()
-
-
-def about() -> dict[str, Any]:
-    """Hardware and versions."""
-    from research.results.record import collect_versions
-
-    return machine() | {"versions": collect_versions()}
+# -- the tables -------------------------------------------------------------------------------------------------------
 
 
 def table(found: Mapping[str, Any]) -> list[str]:
@@ -381,22 +233,21 @@ def write_table(found: Mapping[str, Any]) -> None:
     path.write_text(f"{head}\n" + "\n".join(table(found)) + f"\n{tail}")
 
 
-QUIET = ["trainer.max_epochs=1", "trainer.limit_val_batches=0", "trainer.enable_progress_bar=false"]
 SUM8 = ["experiment=sum8_trace", "data.num_val=1", "data.num_test=1", *QUIET]
-MODEL = ["data=traces", "model@student=llama", "method=sft_trace", "optimizer=adamw", "optimizer.lr=4.0e-3",
-         "student.initializer_range=0.1", "trainer.gradient_clip_val=1.0", *QUIET]  # fmt: skip
-ADDITION = [*MODEL, "task=addition", "template=plain", "data.num_test=0"]
-MAX_NEW_TOKENS = 96
-REAL = [*MODEL, "template=think", "data.tokenizer=bpe", "data.num_val=1", "data.num_test=1", "data.max_tokens=1024",
-        "student.max_positions=1024"]  # fmt: skip
+REAL = [*LANGUAGE_MODEL, "template=think", "data.tokenizer=bpe", "data.num_val=1", "data.num_test=1",
+        "data.max_tokens=1024", "student.max_positions=1024"]  # fmt: skip
+PACKED_TO = {"gsm8k_r1distill": 1024, "svamp_palm540b": 512}
 REAL_SETS = {
     "gsm8k_r1distill": ["task=gsm8k_r1", "data.store=released:gsm8k_r1distill", "data.num_train=1000",
                         "data.batch_size=16"],
     "svamp_palm540b": ["task=svamp", "data.store=released:svamp_palm540b", "data.batch_size=64"],
 }  # fmt: skip
 BENCHMARKS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
-    "step": step, "packing": packing, "rollout": rollout, "rows": rows
-}  # fmt: skip
+    "step": step,
+    "packing": packing,
+    "rollout": lambda sizes: rollout(sizes.training, sizes.prompts, sizes.rounds),
+    "rows": rows,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

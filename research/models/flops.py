@@ -45,10 +45,12 @@ def flops_by_length(module: nn.Module, inputs: Sequence[Tensor], *, backward: bo
     (a, b, c), (at_a, at_b, at_c) = lengths, counted
 
     def at(length: int) -> float:
-        return (
-            at_a * (length - b) * (length - c) / ((a - b) * (a - c))
-            + at_b * (length - a) * (length - c) / ((b - a) * (b - c))
-            + at_c * (length - a) * (length - b) / ((c - a) * (c - b))
+        return float(
+            round(
+                at_a * (length - b) * (length - c) / ((a - b) * (a - c))
+                + at_b * (length - a) * (length - c) / ((b - a) * (b - c))
+                + at_c * (length - a) * (length - b) / ((c - a) * (c - b))
+            )
         )
 
     return at

@@ -58,4 +58,4 @@ def test_benchmark_of_packing_runs_on_real_lengths(require_data: Callable[..., P
             continue
         packed = arms["packed"]
         assert 1 <= packed["places_per_token"] < packed["padded_places_per_token"]
-        assert packed["packed_to"] == packed["longest"]
+        assert packed["packed_to"] >= packed["longest"]

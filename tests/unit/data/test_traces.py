@@ -4,6 +4,7 @@ import gzip
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -262,15 +263,22 @@ def test_without_validation_problems_there_is_no_validation() -> None:
     assert make().has_val and make().num_validation == NUM_VAL
 
 
-class Noting(L.LightningModule):
-    """One parameter, and the indices of every micro-batch it saw."""
+class Killed(Exception):
+    """The kill."""
 
-    def __init__(self) -> None:
+
+class Noting(L.LightningModule):
+    """One parameter, and the indices of every micro-batch it saw; killed in the one after ``kill_after``, if at all."""
+
+    def __init__(self, kill_after: int | None = None) -> None:
         super().__init__()
         self.bias = torch.nn.Parameter(torch.zeros(()))
+        self.kill_after = kill_after
         self.seen: list[tuple[int, ...]] = []
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        if len(self.seen) == self.kill_after:
+            raise Killed
         self.seen.append(tuple(batch.index_D.tolist()))
         return (self.bias - float(batch.ids_BT.sum())) ** 2 / batch.step_weight
 
@@ -284,42 +292,39 @@ class Noting(L.LightningModule):
         rewind_to_last_step(checkpoint, self.trainer.accumulate_grad_batches)
 
 
-class SaveAfter(L.Callback):
-    """One checkpoint after so many micro-batches."""
+class SaveWhenKilled(L.Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
-    def __init__(self, batches: int, path: Path) -> None:
-        self.left, self.path = batches, path
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            trainer.save_checkpoint(self.path)
+    def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.path)
 
 
-def noted(accumulate: int, ckpt_path: Path | None = None, callbacks: list[L.Callback] | None = None) -> Noting:
-    """Two epochs of 30 documents in steps of 8, packed and grouped by length."""
-    module = Noting()
+def noted(accumulate: int, kill_after: int | None = None, saved: Path | None = None) -> Noting:
+    """Two epochs of 30 documents in steps of 8, packed and grouped by length; saved, or gone on with from ``saved``."""
+    module = Noting(kill_after)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = L.Trainer(
-        accelerator="cpu", max_epochs=2, num_sanity_val_steps=0, callbacks=callbacks or [],
-        accumulate_grad_batches=accumulate, **quiet,
+        accelerator="cpu", max_epochs=2, num_sanity_val_steps=0, accumulate_grad_batches=accumulate,
+        callbacks=[SaveWhenKilled(saved)] if kill_after and saved else [], **quiet,
     )  # fmt: skip
     data = make(packed_to=96, length_grouping=2, seed=3)
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    assert trainer.global_step == 2 * 4
+    with pytest.raises(Killed) if kill_after else nullcontext():
+        trainer.fit(module, datamodule=data, ckpt_path=None if kill_after else saved, weights_only=True)
+    assert kill_after or trainer.global_step == 2 * 4
     return module
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("accumulate", "saved"), [(1, 3), (1, 4), (2, 5)])
+@pytest.mark.parametrize(("accumulate", "killed"), [(1, 3), (1, 4), (2, 5)])
 def test_p82_a_resumed_epoch_goes_on_with_the_documents_that_are_left(
-    accumulate: int, saved: int, tmp_path: Path
+    accumulate: int, killed: int, tmp_path: Path
 ) -> None:
-    path = tmp_path / "saved.ckpt"
-    whole = noted(accumulate, callbacks=[SaveAfter(saved, path)])
-    done = saved - saved % accumulate  # a step that was not finished comes again
-    resumed = noted(accumulate, ckpt_path=path)
-    assert resumed.seen == whole.seen[done:] and torch.equal(resumed.bias, whole.bias)
+    """The batch that was handed out and never trained on comes again, and with it the whole step it was a part of."""
+    path, whole = tmp_path / "saved.ckpt", noted(accumulate)
+    assert noted(accumulate, killed, path).seen == whole.seen[:killed]
+    resumed = noted(accumulate, saved=path)
+    assert resumed.seen == whole.seen[killed - killed % accumulate :] and torch.equal(resumed.bias, whole.bias)
     per_epoch = len(whole.seen) // 2
     for epoch in (whole.seen[:per_epoch], whole.seen[per_epoch:]):
         assert sorted(index for batch in epoch for index in batch) == list(range(NUM_TRAIN))

@@ -1,0 +1,85 @@
+"""What the benchmarks of written traces share: arms in turn, their ratio, and the plain loop they stand against."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from benchmark import machine
+
+
+def in_turn(arms: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each arm measures, A B C A B C, after one unmeasured round."""
+    found: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(rounds + 1):
+        for name, measure in arms.items():
+            seconds = measure()
+            if number > 0:
+                found[name].append(seconds)
+    return found
+
+
+def compared(first_s: Sequence[float], second_s: Sequence[float]) -> dict[str, Any]:
+    """CPU seconds per token of two arms: the median of their ratios round by round, its range, and tokens per second.
+
+    ratio  time of the first / time of the second, so that below 1 the first is faster
+    """
+    ratios = sorted(a / b for a, b in zip(first_s, second_s, strict=True))
+    named = {"ratio": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]}
+    speeds = {"first_tokens_per_s": first_s, "second_tokens_per_s": second_s}
+    return (
+        {name: round(value, 3) for name, value in named.items()}
+        | {name: round(1 / statistics.median(seconds)) for name, seconds in speeds.items()}
+        | {"rounds": len(ratios)}
+    )
+
+
+def built(cfg: Any) -> Any:
+    """Fresh data, student and method; equal configs give equal initial weights."""
+    from research.config import build
+
+    parts = build(cfg)
+    parts.data.setup()
+    return parts
+
+
+def flat_weights(network: Any) -> Any:
+    import torch
+
+    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()]).clone()
+
+
+def about() -> dict[str, Any]:
+    """Hardware and versions."""
+    from research.results.record import collect_versions
+
+    return machine() | {"versions": collect_versions()}
+
+
+def plain_steps(cfg: Any, student: Any, loader: Iterable[Any], steps: int) -> float:
+    """CPU seconds of so many steps in a short loop: same batches, loss, clipping, optimizer and schedule."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from research.config import make
+
+    optimizer = make(cfg.optimizer, "optimizer")(student.parameters())
+    scheduler = make(cfg.scheduler, "scheduler")(optimizer, total_steps=steps)
+    student.train()
+    started = time.process_time()
+    for batch in islice(loader, steps):
+        logits_BTV = student(*batch.network_inputs())
+        nll_N = cross_entropy(logits_BTV.flatten(0, 1), batch.label_BT.flatten(), reduction="none")
+        loss = nll_N @ batch.weight_BT.flatten() / batch.step_weight
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.trainer.gradient_clip_val)
+        optimizer.step()
+        scheduler.step()
+    return time.process_time() - started
+
+
+QUIET = ["trainer.max_epochs=1", "trainer.limit_val_batches=0", "trainer.enable_progress_bar=false"]
+LANGUAGE_MODEL = ["data=traces", "model@student=llama", "method=sft_trace", "optimizer=adamw", "optimizer.lr=4.0e-3",
+                  "student.initializer_range=0.1", "trainer.gradient_clip_val=1.0", *QUIET]  # fmt: skip
