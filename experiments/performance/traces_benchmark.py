@@ -54,8 +54,6 @@ QUICK = Sizes(
 
 def main(names: Sequence[str], quick: bool) -> None:
     """Run the named benchmarks, or all, and write what they found."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
     path = HERE / "traces_results.json"
     found = json.loads(path.read_text()) if path.exists() and not quick else {}
     for name in names or BENCHMARKS:
@@ -103,6 +101,9 @@ def lightning_epoch(cfg: Any) -> tuple[float, Any]:
     import lightning as L
 
     from research.config import build_logger, build_trainer
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # importing lightning sets it to INFO
+    warnings.filterwarnings("ignore", module="lightning")
 
     class Clock(L.Callback):
         seconds = 0.0

@@ -48,8 +48,8 @@ class TraceData(L.LightningDataModule):
     batch_size        documents per optimizer step, over all ranks and accumulated micro-batches
     packed_to, length_grouping   see :class:`TokenLoader`
 
-    ``index`` of a train document is its number among the traces as they are stored; of a problem, its number in the
-    task's split. Raises ConfigError and DataError, naming the key, where nothing is left to train on.
+    ``index`` of a train document is that of its trace, which several samples of one problem share; of a problem, its
+    number in the task's split. Raises ConfigError and DataError, naming the key, where nothing is left to train on.
     """
 
     def __init__(

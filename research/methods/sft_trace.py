@@ -1,6 +1,5 @@
 """Supervised fine-tuning on written traces, beside a soft-target term on the same tokens where a teacher is given."""
 
-import math
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from research.errors import ConfigError
 from research.losses.soft_target import soft_target
 from research.losses.supervised import cross_entropy
 from research.methods.base import AbstractMethod, Component, Training
+from research.methods.soft_target import check_temperature, check_weights
 from research.records import DenseLogits, LossSum, TokenBatch
 from research.teachers.base import AbstractTeacher
 
@@ -55,13 +55,8 @@ class SftTrace(AbstractMethod):
                 f"method.fixed_length is {fixed_length} with reduction={reduction}; give tokens, at least 1, for "
                 "reduction=fixed and leave it out elsewhere"
             )
-        for key, weight in (("hard_weight", hard_weight), ("soft_weight", soft_weight)):
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ConfigError(f"method.{key} is {weight}; expected a finite number, 0 or more")
-        if hard_weight == 0 and soft_weight == 0:
-            raise ConfigError("method.hard_weight and method.soft_weight are both 0; at least one must be positive")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ConfigError(f"method.temperature is {temperature}; expected a positive, finite number such as 1")
+        check_weights(hard_weight, soft_weight)
+        check_temperature(temperature)
         self.reduction, self.fixed_length = reduction, fixed_length
         self.hard_weight, self.soft_weight, self.temperature = hard_weight, soft_weight, temperature
         self._options: dict[str, Any] = {

@@ -40,9 +40,8 @@ class SoftTarget(AbstractMethod):
         scale_by_temperature_squared: bool = True,
     ) -> None:
         super().__init__(training, teacher)
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ConfigError(f"method.temperature is {temperature}; expected a positive, finite number such as 4")
-        _check_weights(hard_weight, soft_weight)
+        check_temperature(temperature)
+        check_weights(hard_weight, soft_weight)
         self.temperature, self.hard_weight, self.soft_weight = temperature, hard_weight, soft_weight
         self._options: dict[str, Any] = {
             "divergence": divergence,
@@ -83,7 +82,7 @@ class LogitMatching(AbstractMethod):
         soft_weight: float = 1.0,
     ) -> None:
         super().__init__(training, teacher)
-        _check_weights(hard_weight, soft_weight)
+        check_weights(hard_weight, soft_weight)
         self.hard_weight, self.soft_weight = hard_weight, soft_weight
 
     def components(self, batch: ClassBatch) -> list[Component]:
@@ -102,7 +101,14 @@ class LogitMatching(AbstractMethod):
         return parts
 
 
-def _check_weights(hard_weight: float, soft_weight: float) -> None:
+def check_temperature(temperature: float) -> None:
+    """Raise ConfigError for a temperature that softens nothing."""
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"method.temperature is {temperature}; expected a positive, finite number such as 4")
+
+
+def check_weights(hard_weight: float, soft_weight: float) -> None:
+    """Raise ConfigError for weights of the two terms that are negative, not finite, or both 0."""
     for key, weight in (("hard_weight", hard_weight), ("soft_weight", soft_weight)):
         if not (math.isfinite(weight) and weight >= 0):
             raise ConfigError(f"method.{key} is {weight}; expected a finite number, 0 or more")
