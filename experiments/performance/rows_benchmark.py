@@ -42,7 +42,7 @@ def main(what: str, rows: int, folder: str = "") -> None:
     print(json.dumps(measured | {"rows": rows, "peak_mb": round(peak_mb()), "peak_mb_before": round(before)}))
 
 
-def filters(rows: int, _: Path) -> dict[str, object]:
+def filters(rows: int, folder: Path) -> dict[str, object]:
     """Rows judged, counted and made ready for a store, as `distill traces` does it, by the curated list of filters."""
     words = Words()
     names = yaml.safe_load(CURATED.read_text())["filters"]

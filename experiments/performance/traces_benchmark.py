@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def packing_of(name: str, num: int, sizes: Sizes) -> dict[str, Any]:
         student = copy.deepcopy(parts.method.student)  # every epoch begins with the same weights
         return plain_steps(cfg, student, loader, len(batches)) / tokens
 
-    measured = in_turn({arm: lambda arm=arm: epoch(arm) for arm in arms}, sizes.rounds)
+    measured = in_turn({arm: partial(epoch, arm) for arm in arms}, sizes.rounds)
     about_lengths = {"documents": len(documents), "median_tokens": statistics.median(lengths), "longest": lengths[-1]}
     return {
         arm: compared(measured[arm], measured["padded"])

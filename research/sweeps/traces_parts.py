@@ -173,6 +173,11 @@ def _known_of_teacher(cfg: DictConfig) -> dict[str, Any]:
     if cfg.source != "teacher" or not cfg.teacher.path:
         return {}
     path = Path(cfg.teacher.path)
+    if not path.exists():
+        raise ConfigError(
+            f"teacher.path is {path}, which does not exist; "
+            "give the folder of a finished run or of a Hugging Face model"
+        )
     record = next((place for place in (path / "run.json", path.parent / "run.json") if place.is_file()), None)
     try:
         config = {} if record is None else json.loads(record.read_text())["config"]

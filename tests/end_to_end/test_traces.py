@@ -349,3 +349,10 @@ def test_what_cannot_be_written_is_refused_in_one_line(
 def test_sampling_without_meaning_is_refused(written: tuple[str, ...], distill: Distill, tmp_path: Path) -> None:
     for change in ("sampling.num_samples=0", "sampling.top_p=0", "sampling.max_new_tokens=null"):
         assert change.partition("=")[0] in distill(*written, change, "store=store", cwd=tmp_path).error
+
+
+def test_a_teacher_that_is_not_there_is_named(distill: Callable[..., Any], tmp_path: Path) -> None:
+    error = distill("traces", "task=sum8", "teacher.path=nowhere", cwd=tmp_path).error
+    assert error == (
+        "teacher.path is nowhere, which does not exist; give the folder of a finished run or of a Hugging Face model"
+    )
