@@ -105,6 +105,67 @@ class TokenBatch:
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
 
 
+@dataclass(frozen=True)
+class PromptRow:
+    """One problem that a student is to answer while it is trained.
+
+    ids          the problem under the student's template, as token ids: what its rollout starts from
+    teacher_ids  the same problem under the teacher's own template, in the same vocabulary
+    """
+
+    problem: "Problem"
+    ids: tuple[int, ...]
+    teacher_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredRow:
+    """One stored trace beside the prompts: a document of ids, of which the first ``prompt_length`` are its prompt."""
+
+    ids: tuple[int, ...]
+    prompt_length: int
+    index: int
+    teacher_prompt_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """One micro-batch of problems to roll out, and stored traces for a step that is taken off policy.
+
+    prompts       of this micro-batch
+    step_prompts  of all micro-batches of this optimizer step on this rank, this one's among them: rollouts are drawn
+                  for all of them at the first, so that the number of their tokens is known to every denominator
+    stored        stored traces of this micro-batch, () where there are none
+    step_stored_tokens, step_stored_rows   completion tokens and documents of the step's stored traces, over all ranks
+    block, repeat the prompts of block b serve for ``repeats`` optimizer steps in a row, of which this is number
+                  ``repeat`` from 0; a block's number names its random streams, on every rank the same
+    micro_batch   number of this micro-batch within its step, from 0
+    step_rows     prompts over the whole step: all micro-batches, all ranks
+    """
+
+    prompts: tuple[PromptRow, ...]
+    step_prompts: tuple[PromptRow, ...]
+    stored: tuple[StoredRow, ...]
+    step_stored_tokens: int
+    step_stored_rows: int
+    block: int
+    repeat: int
+    micro_batch: int
+    step_rows: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def index_B(self) -> Tensor:
+        """The problems' ids, under the name that every batch has."""
+        return torch.tensor([row.problem.index for row in self.prompts], dtype=torch.int64)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PromptBatch":
+        """Itself: prompts are plain numbers until they are rolled out."""
+        return self
+
+
 Batch = ClassBatch | TokenBatch
 
 
@@ -200,6 +261,35 @@ class DenseLogits:
     def num_classes(self) -> int:
         return int(self.logits_NV.shape[-1])
 
+    def at(self, mask_N: Tensor) -> "DenseLogits":
+        """The rows where the mask is True, in order, laid out flat: ``[..., V] -> [N, V]``."""
+        return DenseLogits(self.logits_NV[mask_N])
+
+
+@dataclass(frozen=True)
+class HiddenProjection:
+    """A distribution never written out: ``softmax(logits)`` with ``logits = cap(hidden_ND @ weight_VD.T + bias_V)``.
+
+    For a teacher nothing requires grad; a student's own hidden states and head come in the same form, with grad.
+
+    hidden_ND  last hidden states, after the final norm; [B, T, D] for a token batch
+    weight_VD  the output head, of which only the first ``num_classes`` rows mean something
+    softcap    c > 0: ``cap(x) = c tanh(x / c)``; None: ``cap(x) = x``
+    """
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.weight_VD.shape[0])
+
+    def at(self, mask_N: Tensor) -> "HiddenProjection":
+        """The rows where the mask is True, in order, laid out flat; the head is shared."""
+        return replace(self, hidden_ND=self.hidden_ND[mask_N])
+
 
 @dataclass(frozen=True)
 class TopKLogprobs:
@@ -216,8 +306,17 @@ class TopKLogprobs:
     tail_logprob_N: Tensor
     num_classes: int
 
+    def at(self, mask_N: Tensor) -> "TopKLogprobs":
+        """The rows where the mask is True, in order, laid out flat."""
+        return replace(
+            self,
+            ids_NK=self.ids_NK[mask_N],
+            logprobs_NK=self.logprobs_NK[mask_N],
+            tail_logprob_N=self.tail_logprob_N[mask_N],
+        )
 
-TeacherSignal = DenseLogits | TopKLogprobs
+
+TeacherSignal = DenseLogits | HiddenProjection | TopKLogprobs
 
 
 @dataclass(frozen=True)

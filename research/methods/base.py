@@ -11,7 +11,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning as L
@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from research.data.resume import rewind_to_last_step
 from research.errors import CheckpointError, ConfigError, NonFiniteLoss
+from research.generation.cost import GenerationCost
 from research.models.flops import flops_by_length, flops_per_row_of
 from research.models.weights import check_state, is_finite
 from research.records import Batch, LossSum, TeacherSignal, TokenBatch
@@ -51,6 +52,15 @@ class Component:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What a run has cost so far; flops None where what a part of it cost is not known."""
+
+    flops: float | None
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Training:
     """What every method is built from, whatever its loss.
 
@@ -73,6 +83,8 @@ class AbstractMethod(L.LightningModule, ABC):
                               is paid for; on several devices this rank's own, times their number
     teacher_seconds           wall time spent waiting for the teacher
     earlier_seconds           wall time of the fits before this one, up to the checkpoint that was resumed
+    validation_seconds        wall time of validations within the fits, which no budget is charged for
+    rollout_cost              what the student's own sampling cost: nothing for a method that samples none
     """
 
     needs_teacher = False
@@ -91,10 +103,13 @@ class AbstractMethod(L.LightningModule, ABC):
         self._rng_before_step: RngState | None = None
         self._teacher_was_asked = False
         self._fit_started = time.perf_counter()
-        self.rows_seen = self.teacher_rows = self.tokens_seen = 0
+        self._validation_started = 0.0
+        self.rows_seen = self.teacher_rows = self.tokens_seen = self.teacher_tokens = 0
         self.update_flops = self.teacher_flops = self.teacher_seconds = self.earlier_seconds = 0.0
+        self.validation_seconds = 0.0
+        self.rollout_cost = GenerationCost()
         self._step_flops = self._step_teacher_flops = 0.0
-        self._step_tokens = 0
+        self._step_tokens = self._step_teacher_tokens = 0
         self._flops_of_shape: dict[tuple[int, ...], float] = {}
         self._flops_of_length: Callable[[int], float] | None = None
 
@@ -111,7 +126,24 @@ class AbstractMethod(L.LightningModule, ABC):
         self.teacher_seconds += time.perf_counter() - started
         self._teacher_was_asked = True
         self._step_teacher_flops += self.teacher.flops_of(batch)
+        self._step_teacher_tokens += _num_tokens(batch)
         return signal
+
+    def spent(self) -> Spent:
+        """What this run has cost so far: student updates, rollouts and teacher scoring, not the teacher's training.
+
+        Tokens are those that went through a network: trained on, prompted with, generated, and read by the teacher.
+        Seconds leave validation out.
+        """
+        rollout, earlier = self.rollout_cost, self.earlier_seconds
+        flops = None if rollout.flops is None else self.update_flops + rollout.flops + self.teacher_flops
+        tokens = self.tokens_seen + rollout.prompt_tokens + rollout.tokens + self.teacher_tokens
+        running = time.perf_counter() - self._fit_started
+        return Spent(flops, tokens, earlier + running - self.validation_seconds)
+
+    def trained(self, batch: Any) -> Batch:
+        """What :meth:`components` trained on for this micro-batch; a method that samples its own text says so here."""
+        return batch
 
     @abstractmethod
     def components(self, batch: Any) -> list[Component]:
@@ -135,7 +167,8 @@ class AbstractMethod(L.LightningModule, ABC):
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._rng_before_step = _rng_state(self.device)
             self._teacher_was_asked = False
-            self._step_flops, self._step_tokens, self._step_teacher_flops = 0.0, 0, 0.0
+            self._step_flops, self._step_tokens = 0.0, 0
+            self._step_teacher_flops, self._step_teacher_tokens = 0.0, 0
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         components = self.components(batch)
@@ -150,9 +183,10 @@ class AbstractMethod(L.LightningModule, ABC):
         loss = torch.stack(terms).sum()
         if not bool(torch.isfinite(loss)):
             self._stop_non_finite(components, batch)
-        self._step_rows = batch.step_rows
-        self._step_flops += self._update_flops(batch)
-        self._step_tokens += int((batch.segment_BT > 0).sum()) if isinstance(batch, TokenBatch) else len(batch)
+        trained = self.trained(batch)
+        self._step_rows = trained.step_rows
+        self._step_flops += self._update_flops(trained)
+        self._step_tokens += _num_tokens(trained)
         if self._is_logged_step():
             self._log_components("train", components, batch, loss=loss)
         return loss
@@ -173,6 +207,7 @@ class AbstractMethod(L.LightningModule, ABC):
         self.update_flops += self._step_flops * ranks
         self.teacher_rows += self._step_rows if self._teacher_was_asked else 0
         self.teacher_flops += self._step_teacher_flops * ranks
+        self.teacher_tokens += self._step_teacher_tokens * ranks
 
     def _update_flops(self, batch: Batch) -> float:
         """FLOPs of one micro-batch's forward and backward pass, counted once for each shape of a row."""
@@ -192,6 +227,12 @@ class AbstractMethod(L.LightningModule, ABC):
             raise NonFiniteLoss(
                 f"the student's weights are not finite after step {self.trainer.global_step}. Lower optimizer.lr"
             )
+
+    def on_validation_start(self) -> None:
+        self._validation_started = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        self.validation_seconds += time.perf_counter() - self._validation_started
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         logits_NV = self.student(batch.inputs)
@@ -245,7 +286,10 @@ class AbstractMethod(L.LightningModule, ABC):
             "tokens": self.tokens_seen,
             "flops": self.update_flops,
             "teacher_rows": self.teacher_rows,
+            "teacher_tokens": self.teacher_tokens,
             "teacher_flops": self.teacher_flops,
+            "rollout": asdict(self.rollout_cost),
+            "validation_seconds": self.validation_seconds,
             "teacher_seconds": self.teacher_seconds,
             "seconds": self.earlier_seconds + time.perf_counter() - self._fit_started,
         }
@@ -260,6 +304,9 @@ class AbstractMethod(L.LightningModule, ABC):
         self.rows_seen, self.teacher_rows = int(spent["rows"]), int(spent.get("teacher_rows", 0))
         self.tokens_seen, self.update_flops = int(spent.get("tokens", 0)), float(spent.get("flops", 0.0))
         self.teacher_flops = float(spent.get("teacher_flops", 0.0))
+        self.teacher_tokens = int(spent.get("teacher_tokens", 0))
+        self.rollout_cost = GenerationCost(**spent.get("rollout", {}))
+        self.validation_seconds = float(spent.get("validation_seconds", 0.0))
         self.teacher_seconds, self.earlier_seconds = float(spent["teacher_seconds"]), float(spent.get("seconds", 0.0))
 
     def on_train_start(self) -> None:
@@ -269,6 +316,11 @@ class AbstractMethod(L.LightningModule, ABC):
             if "cuda" in self._resumed_rng and self.device.type == "cuda":
                 torch.cuda.set_rng_state(self._resumed_rng["cuda"].cpu(), self.device)
             self._resumed_rng = None
+
+
+def _num_tokens(batch: Batch) -> int:
+    """Tokens of a micro-batch, padding not counted; its rows where a row has no tokens."""
+    return int((batch.segment_BT > 0).sum()) if isinstance(batch, TokenBatch) else len(batch)
 
 
 def _rng_state(device: torch.device) -> RngState:
