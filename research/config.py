@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.utils import instantiate
@@ -22,10 +22,12 @@ from research.data.base import AbstractClassData
 from research.data.traces import TraceData
 from research.errors import ConfigError
 from research.methods.base import AbstractMethod, Training
-from research.models.build import build_network, describe
+from research.models.build import DataFacts, build_network, describe
+from research.models.weights import check_state
 from research.seeding import seed_for
 from research.tasks.base import AbstractTask
 from research.teachers.base import AbstractTeacher
+from research.teachers.load import load_network
 
 ALLOWED_PREFIXES: tuple[str, ...] = (
     "research.data.",
@@ -75,6 +77,8 @@ def build(cfg: DictConfig) -> Parts:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(cfg.seed, "init"))
         student = build_network(description, **facts, key="student")
+    if cfg.init_from is not None:
+        start_from(student, cfg.init_from, facts)
     architecture = describe(description, **facts)
     teacher = build_teacher(cfg, "teacher", facts)
     if plain(cfg.signal_transform).get("_target_"):
@@ -101,11 +105,12 @@ def build_data(cfg: DictConfig, overrides: Mapping[str, Any] | None = None) -> D
     for_task = {key.removeprefix("task."): given.pop(key) for key in list(given) if key.startswith("task.")}
     late: dict[str, Any] = {"seed": cfg.seed}
     task, template = build_task(cfg, for_task), build_template(cfg)
+    teacher_template = build_template(cfg, "teacher_template") if "teacher_template" in cfg else None
     node = {**plain(cfg.data), **given}
     if str(node.get("_target_", "")).endswith(".TraceData"):
         if task is None or template is None:
             raise ConfigError("data=traces needs a task and a template; choose them, such as task=sum5 template=plain")
-        late |= {"task": task, "template": template}
+        late |= {"task": task, "template": template, "teacher_template": teacher_template}
     elif task is not None:
         raise ConfigError(f"task is {task.name}, which data=traces poses; these data are {node.get('_target_')}")
     return expect_kind(make(node, "data", **late), "data", (AbstractClassData, TraceData))
@@ -126,10 +131,20 @@ def build_task(cfg: DictConfig, overrides: Mapping[str, Any] | None = None) -> A
     return expect_kind(make(node, "task"), "task", AbstractTask) if node.get("_target_") else None
 
 
-def build_template(cfg: DictConfig) -> Any:
+def build_template(cfg: DictConfig, key: str = "template") -> Any:
     """The template of a config, or the factory of one that needs the tokenizer; None where its `_target_` is null."""
-    node = plain(cfg.get("template"))
-    return make(node, "template") if node.get("_target_") else None
+    node = plain(cfg.get(key))
+    return make(node, key) if node.get("_target_") else None
+
+
+def start_from(student: nn.Module, path: str, facts: Mapping[str, Any]) -> None:
+    """Give the student the weights of a trained network of its own architecture.
+
+    Raises CheckpointError where nothing can be read there, or where it was made for other sizes, classes or tokens.
+    """
+    state = load_network(path, **cast(DataFacts, dict(facts))).network.state_dict()
+    check_state(student, state, f"init_from={path}")
+    student.load_state_dict(state)
 
 
 def build_teacher(cfg: DictConfig, key: str, facts: Mapping[str, Any]) -> AbstractTeacher | None:

@@ -21,6 +21,10 @@ class NonFiniteLoss(RuntimeError):
     """The loss stopped being finite; the message holds the step and the batch's indices."""
 
 
+class RolloutError(RuntimeError):
+    """What the student writes can no longer be trained on: it never stops, or it is too far from who is trained."""
+
+
 class Preempted(RuntimeError):
     """The run was asked to stop by a signal and can be resumed; ``exit_code`` is 128 + the signal's number."""
 

@@ -243,12 +243,14 @@ class Completion:
     text      the same decoded, without EOS
     stop      "eos", or "length" where the limit came first
     logprob   sum of the natural-log probabilities of ``ids`` as they were drawn from; None where not known
+    logprobs  the same for each of ``ids``; () where not known
     """
 
     ids: tuple[int, ...]
     text: str
     stop: str
     logprob: float | None = None
+    logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

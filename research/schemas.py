@@ -40,6 +40,9 @@ class EvaluationConfig:
     Of text: problems are answered greedily and, with num_samples > 0, so often again by sampling.
     sampling_temperature, top_p   of those samples
     max_new_tokens                length limit of an answer; null: the data's max_tokens
+    val_problems, val_samples     validation problems that are answered at every validation, greedily and, with
+                                  val_samples > 0, so often again by sampling: val/accuracy, val/errors,
+                                  val/sampled_accuracy
     """
 
     splits: list[str] = field(default_factory=lambda: ["test"])
@@ -51,17 +54,24 @@ class EvaluationConfig:
     sampling_temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int | None = None
+    val_problems: int = 0
+    val_samples: int = 0
 
 
 @dataclass
 class TrainConfig:
-    """`distill train`. `name` names the output folder; `ckpt_path` is a file, or `last` for this folder's own."""
+    """`distill train`. `name` names the output folder; `ckpt_path` is a file, or `last` for this folder's own.
+
+    init_from         run folder (or checkpoint, or Hugging Face folder) whose weights the student begins with
+    teacher_template  how the teacher was taught to be asked; none: like the student
+    """
 
     name: str = "train"
     seed: int = 0
     data: Any = MISSING
     task: Any = MISSING
     template: Any = MISSING
+    teacher_template: Any = MISSING
     student: Any = MISSING
     teacher: Any = MISSING
     reference: Any = MISSING
@@ -74,6 +84,7 @@ class TrainConfig:
     logger: Any = MISSING
     paths: PathsConfig = field(default_factory=PathsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    init_from: str | None = None
     ckpt_path: str | None = None
     monitor: str = "val/errors"
     compile: bool = False

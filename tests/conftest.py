@@ -1,6 +1,7 @@
 """What all tests share: one thread, real data where it is at hand, and the console command in this process."""
 
 import contextlib
+import importlib.util
 import io
 import logging
 import os
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +114,16 @@ def digits_teacher(distill: Callable[..., Done], tmp_path_factory: pytest.TempPa
     done = distill("train", "name=teacher", *TINY, f"hydra.run.dir={folder}/run", cwd=folder)
     assert done.code == 0, done.err
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def logprob_server() -> Any:
+    """The module ``logprob_server.py`` beside this file: `with logprob_server.serving(logits_of) as server:`."""
+    spec = importlib.util.spec_from_file_location("logprob_server", Path(__file__).with_name("logprob_server.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 TINY = ("trainer.max_epochs=3", "trainer.enable_progress_bar=false", "student.hidden=[32]")

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,17 @@ from research.seeding import rng_for
 
 Place = tuple[int, int]  # (epoch, micro-batches of that epoch already done)
 BatchT = TypeVar("BatchT")
-Cut = tuple[int, int, int, int]  # [first, last) of a micro-batch, then [first, last) of its step, in the epoch's order
+
+
+class Cut(NamedTuple):
+    """A micro-batch in the epoch's order: its places [first, last), those of its step, and the numbers of both."""
+
+    first: int
+    last: int
+    step_first: int
+    step_last: int
+    step: int
+    micro_batch: int
 
 
 class StepLoader(ABC, Generic[BatchT]):
@@ -125,8 +135,8 @@ class StepLoader(ABC, Generic[BatchT]):
         """This rank's ``micro_batch`` in the epoch's order, and its step."""
         step, within = divmod(micro_batch, self.micro_batches)
         first, last = self._step_bounds[step]
-        rows, part = last - first, within * self.world_size + self.rank
-        return first + rows * part // self._parts, first + rows * (part + 1) // self._parts, first, last
+        part = within * self.world_size + self.rank
+        return Cut(*part_of(first, last, part, self._parts), first, last, step, within)
 
     def _check(self) -> None:
         if self.num_rows < 1:
@@ -173,14 +183,19 @@ class TensorLoader(StepLoader[ClassBatch]):
             draw_N = draw_N if order_N is None else draw_N[order_N]
 
         def rows(cut: Cut) -> ClassBatch:
-            first, last, step_first, step_last = cut
-            taken = slice(first, last)
+            taken = slice(cut.first, cut.last)
             inputs = self._inputs[taken] if order_N is None else self._inputs.index_select(0, order_N[taken])
             if self.view is not None and draw_N is not None:
                 inputs = self.view.apply(inputs, draw_N[taken])
-            return ClassBatch(inputs, label_N[taken], index_N[taken], step_last - step_first)
+            return ClassBatch(inputs, label_N[taken], index_N[taken], cut.step_last - cut.step_first)
 
         return rows
+
+
+def part_of(first: int, last: int, part: int, parts: int) -> tuple[int, int]:
+    """The places [first, last) of one of ``parts`` near-equal parts of a run of rows."""
+    rows = last - first
+    return first + rows * part // parts, first + rows * (part + 1) // parts
 
 
 def _step_bounds(num_rows: int, batch_size: int, parts: int) -> list[tuple[int, int]]:

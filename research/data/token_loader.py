@@ -70,13 +70,12 @@ class TokenLoader(StepLoader[TokenBatch]):
 
         def rows(cut: Cut) -> TokenBatch:
             nonlocal last_step
-            first, last, step_first, step_last = cut
-            if last_step is None or last_step[0] != step_first:
-                step = [self._documents[row] for row in order[step_first:step_last]]
-                last_step = step_first, document_counts(step, self._prompt_loss_weight)
+            if last_step is None or last_step[0] != cut.step_first:
+                step = [self._documents[row] for row in order[cut.step_first : cut.step_last]]
+                last_step = cut.step_first, document_counts(step, self._prompt_loss_weight)
             weight, completion_tokens, documents = last_step[1]
             batch = collate(
-                [self._documents[row] for row in order[first:last]],
+                [self._documents[row] for row in order[cut.first : cut.last]],
                 pad_id=self._pad_id,
                 prompt_loss_weight=self._prompt_loss_weight,
                 packed_to=self._packed_to,

@@ -12,7 +12,11 @@ REASONING_FIELDS = ("reasoning_content", "reasoning")  # where a server's parser
 
 
 class Malformed(ValueError):
-    """An answer that is not what the protocol promises; asking again may help."""
+    """An answer that is not what the protocol promises; asking again may help. ``reason`` is what it counts under."""
+
+    def __init__(self, told: str, reason: str = "no choices") -> None:
+        super().__init__(told)
+        self.reason = reason
 
 
 @dataclass(frozen=True)

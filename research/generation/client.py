@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 
 from research.errors import ConfigError
-from research.generation.answers import Answer, Malformed, read_answer
+from research.generation.answers import Malformed
 
 RETRIED_STATUSES = (408, 425, 429)  # and 500 to 599
+
+Reader = Callable[[Any, Counter[str]], Any]  # (decoded JSON, events) -> what it says; raises Malformed
 
 
 class ServerUnavailable(ConnectionError):
@@ -21,7 +24,11 @@ class ServerUnavailable(ConnectionError):
 
 
 class ServerRefusal(ConfigError):
-    """A request that the server will not take however often it is asked."""
+    """A request that the server will not take however often it is asked; ``status`` is HTTP's, None for others."""
+
+    def __init__(self, told: str, status: int | None = None) -> None:
+        super().__init__(told)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class Failure:
 
 @dataclass
 class CompletionClient:
-    """POSTs to one URL.
+    """Asks one URL.
 
     http         an `httpx2.AsyncClient`, which holds connections, headers and the key
     url          the endpoint
@@ -56,19 +63,20 @@ class CompletionClient:
     secret: str | None
     events: Counter[str]
 
-    async def ask(self, body: dict[str, Any], jitter: torch.Generator) -> Answer:
-        """The answer to ``body``.
+    async def ask(self, body: dict[str, Any] | None, jitter: torch.Generator, read: Reader) -> Any:
+        """What ``read`` makes of the answer to ``body``, which is sent by POST; None is a GET.
 
         Asked again on connection errors, timeouts, status 408, 425, 429 and 500 to 599, and answers that are no
-        whole JSON or hold no choices; ``Retry-After`` is a lower bound of the wait. Raises ServerUnavailable when
-        attempts run out or the server asks for a longer wait than ``max_wait_s``, ServerRefusal on any other status.
+        whole JSON or that ``read`` finds Malformed; ``Retry-After`` is a lower bound of the wait. Raises
+        ServerUnavailable when attempts run out or the server asks for a longer wait than ``max_wait_s``, ServerRefusal
+        on any other status, and where ``read`` raises it.
         """
         started = time.monotonic()
         attempt = 0
         while True:
             self.events["requests"] += 1
-            outcome = await self._attempt(body)
-            if isinstance(outcome, Answer):
+            outcome = await self._attempt(body, read)
+            if not isinstance(outcome, Failure):
                 return outcome
             wait_s = min(self.backoff_s * 2.0 ** min(attempt, 60), self.max_wait_s)
             wait_s = max(wait_s * (0.5 + 0.5 * torch.rand((), generator=jitter).item()), outcome.retry_after_s)
@@ -82,25 +90,29 @@ class CompletionClient:
             self.events[f"retry: {outcome.reason}"] += 1
             await asyncio.sleep(wait_s)
 
-    async def _attempt(self, body: dict[str, Any]) -> Answer | Failure:
+    async def _attempt(self, body: dict[str, Any] | None, read: Reader) -> Any:
+        """What was read, or the Failure of one attempt."""
         import httpx2
 
         try:
             async with asyncio.timeout(self.timeout_s):
-                response = await self.http.post(self.url, json=body)
+                response = await (self.http.get(self.url) if body is None else self.http.post(self.url, json=body))
         except TimeoutError:
             return Failure("timeout", f"no whole answer within timeout_s={self.timeout_s:g}")
         except httpx2.RequestError as error:
             return Failure("connection", self._shown(f"{type(error).__name__}: {error}"))
-        status, words = response.status_code, self._shown(response.text)[:500]
-        if status in RETRIED_STATUSES or 500 <= status <= 599:
-            return Failure(f"status {status}", f"status {status}: {words}", retry_after_s(response.headers))
+        status = response.status_code
         if not 200 <= status <= 299:
-            raise ServerRefusal(f"{self.url} refuses the request with status {status}: {words}")
+            words = self._shown(response.text)[:500]
+            if status in RETRIED_STATUSES or 500 <= status <= 599:
+                return Failure(f"status {status}", f"status {status}: {words}", retry_after_s(response.headers))
+            raise ServerRefusal(f"{self.url} refuses the request with status {status}: {words}", status)
         try:
-            return read_answer(json.loads(response.content), self.events)
+            return read(json.loads(response.content), self.events)
+        except ServerRefusal:
+            raise
         except Malformed as error:
-            return Failure("no choices", self._shown(str(error)))
+            return Failure(error.reason, self._shown(str(error)))
         except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
             return Failure("half a JSON", self._shown(f"{error} in an answer of {len(response.content)} bytes"))
 

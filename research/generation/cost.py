@@ -1,6 +1,6 @@
 """What generation cost, for the ledger."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -12,9 +12,12 @@ class GenerationCost:
 
     prompt_tokens    tokens of the prompts, each prompt once however many samples follow it
     tokens           generated tokens, EOS included
-    flops            estimate by :class:`DecoderFlops`, padding not counted; None where the model is not known
+    flops            of everything, the pass over the prompts included: estimate by :class:`DecoderFlops`, padding not
+                     counted; None where the model is not known
     seconds          wall-clock time of the generator's own work, without what the caller does between two results
     context_limited  completions that ended at the model's context length before ``max_new_tokens``
+    prompt_flops     of ``flops``, those of the pass over the prompts (prefill), which gives the first token's logits
+    prompt_seconds   of ``seconds``, those of that pass; None where it is not measured apart
     """
 
     prompt_tokens: int = 0
@@ -22,24 +25,38 @@ class GenerationCost:
     flops: float | None = 0.0
     seconds: float = 0.0
     context_limited: int = 0
+    prompt_flops: float | None = 0.0
+    prompt_seconds: float | None = 0.0
 
     def __add__(self, other: "GenerationCost") -> "GenerationCost":
-        return GenerationCost(
-            self.prompt_tokens + other.prompt_tokens,
-            self.tokens + other.tokens,
-            None if self.flops is None or other.flops is None else self.flops + other.flops,
-            self.seconds + other.seconds,
-            self.context_limited + other.context_limited,
-        )
+        """The sum; what is not known of either stays unknown."""
+        return self._combined(other, 1)
 
     def __sub__(self, other: "GenerationCost") -> "GenerationCost":
-        return GenerationCost(
-            self.prompt_tokens - other.prompt_tokens,
-            self.tokens - other.tokens,
-            None if self.flops is None or other.flops is None else self.flops - other.flops,
-            self.seconds - other.seconds,
-            self.context_limited - other.context_limited,
-        )
+        return self._combined(other, -1)
+
+    def _combined(self, other: "GenerationCost", sign: int) -> "GenerationCost":
+        found: dict[str, Any] = {}
+        for item in fields(self):
+            mine, its = getattr(self, item.name), getattr(other, item.name)
+            found[item.name] = None if mine is None or its is None else mine + sign * its
+        return GenerationCost(**found)
+
+    def prefill(self) -> dict[str, float | None]:
+        """The ledger's line of the prompts' passes: flops, tokens, seconds."""
+        return {"flops": self.prompt_flops, "tokens": float(self.prompt_tokens), "seconds": self.prompt_seconds}
+
+    def rollout(self) -> dict[str, float | None]:
+        """The ledger's line of the generated tokens, everything but the prompts' passes: flops, tokens, seconds."""
+        return {
+            "flops": _less(self.flops, self.prompt_flops),
+            "tokens": float(self.tokens),
+            "seconds": _less(self.seconds, self.prompt_seconds),
+        }
+
+
+def _less(whole: float | None, part: float | None) -> float | None:
+    return None if whole is None or part is None else whole - part
 
 
 @dataclass(frozen=True)

@@ -115,16 +115,18 @@ class LocalGenerator(AbstractGenerator):
         device = next(self._model.parameters()).device
         with eval_mode(self._network), parameters_as(self._model, self._dtype), torch.no_grad():
             batch = LiveBatch(self._model, [prompt.ids for prompt in prompts], self._pad_id, max(limits), device)
+            _finish_work(device)
+            prompt_seconds = time.perf_counter() - started
             uniform_BT = None if sampling.temperature == 0 else _uniforms(rows, sampling).to(device)
             drawn = decode(batch, [place[prompt] for prompt, _ in rows], limits, uniform_BT, sampling, self._eos_ids)
         completions = [self._completion(row) for row in drawn]
-        self._account(rows, prompts, drawn, limits, sampling, time.perf_counter() - started)
+        self._account(rows, prompts, drawn, limits, sampling, time.perf_counter() - started, prompt_seconds)
         return completions
 
     def _completion(self, row: Drawn) -> Completion:
         ended = row.ids[-1] in self._eos_ids
         text = self._decode_ids(row.ids[:-1] if ended else row.ids)
-        return Completion(tuple(row.ids), text, "eos" if ended else "length", sum(row.logprobs))
+        return Completion(tuple(row.ids), text, "eos" if ended else "length", sum(row.logprobs), tuple(row.logprobs))
 
     def _account(
         self,
@@ -134,9 +136,10 @@ class LocalGenerator(AbstractGenerator):
         limits: Sequence[int],
         sampling: Sampling,
         seconds: float,
+        prompt_seconds: float,
     ) -> None:
-        flops = sum(self._flops.prompt(len(prompt.ids)) for prompt in prompts)
-        flops += sum(
+        prompt_flops = float(sum(self._flops.prompt(len(prompt.ids)) for prompt in prompts))
+        flops = prompt_flops + sum(
             self._flops.completion(len(prompt.ids), len(row.ids)) for (prompt, _), row in zip(rows, drawn, strict=True)
         )
         cut = sum(
@@ -145,7 +148,7 @@ class LocalGenerator(AbstractGenerator):
         )
         prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         tokens = sum(len(row.ids) for row in drawn)
-        self.spent += GenerationCost(prompt_tokens, tokens, flops, seconds, cut)
+        self.spent += GenerationCost(prompt_tokens, tokens, flops, seconds, cut, prompt_flops, prompt_seconds)
 
     def _limit(self, prompt: Prompt, sampling: Sampling) -> int:
         room = sampling.max_new_tokens if self._context is None else self._context - len(prompt.ids)
@@ -187,6 +190,12 @@ def causal_language_model(network: nn.Module) -> Any:
         f"{type(network).__name__} cannot generate; expected a causal language model of transformers, or a network "
         "that holds one as .model"
     )
+
+
+def _finish_work(device: torch.device) -> None:
+    """Wait for a device that works behind the caller's back: a clock read now then times what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _uniforms(rows: Sequence[tuple[Prompt, int]], sampling: Sampling) -> Tensor:

@@ -1,18 +1,17 @@
 """A model behind an OpenAI-compatible server as a generator."""
 
-import ipaddress
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from research.errors import ConfigError
+from research.generation.answers import read_answer
 from research.generation.background import in_background
 from research.generation.base import AbstractGenerator, Prompt, Written
 from research.generation.client import CompletionClient, ServerUnavailable
+from research.generation.connection import Connection
 from research.generation.cost import GenerationCost
 from research.generation.distribution import check_sampling
 from research.records import Completion, Sampling
@@ -74,24 +73,30 @@ class ServerGenerator(AbstractGenerator):
             raise ConfigError(
                 "generator.system_prompt belongs to a chat; give endpoint=chat, or write it in the prompt"
             )
-        _check_numbers(concurrency, choices_per_request, timeout_s, max_retries, backoff_s, max_wait_s)
-        own = sorted(set(extra_body or {}) & set(OWN_FIELDS))
-        if own:
-            raise ConfigError(f"generator.extra_body sets {own}, which come from the sampling and the generator itself")
-        base_url = _checked_url(base_url)
-        self._url = f"{base_url}/{PATHS[endpoint]}"
-        self._fixed = {**(extra_body or {}), "model": model}
+        if choices_per_request is not None and choices_per_request < 1:
+            raise ConfigError(f"generator.choices_per_request is {choices_per_request}; expected at least 1")
+        self._connection = Connection(
+            "generator",
+            base_url,
+            api_key_env,
+            concurrency,
+            timeout_s,
+            max_retries,
+            backoff_s,
+            max_wait_s,
+            fixed=dict(extra_body or {}),
+            own=OWN_FIELDS,
+        )
+        self._url = f"{self._connection.base_url}/{PATHS[endpoint]}"
+        self._fixed = {**self._connection.fixed, "model": model}
         self._system_prompt = system_prompt
         self._chat = endpoint == "chat"
-        self._key = _key(api_key_env)
-        self._concurrency, self._choices_per_request = concurrency, choices_per_request
-        self._timeout_s, self._max_retries = timeout_s, max_retries
-        self._backoff_s, self._max_wait_s = backoff_s, max_wait_s
+        self._choices_per_request = choices_per_request
         self.events: Counter[str] = Counter()
-        self.spent = GenerationCost(flops=None)
+        self.spent = GenerationCost(flops=None, prompt_flops=None, prompt_seconds=None)  # a server tells neither
         self.identity = {
             "kind": "server",
-            "base_url": base_url,
+            "base_url": self._connection.base_url,
             "model": model,
             "endpoint": endpoint,
             "system_prompt": system_prompt,
@@ -114,7 +119,8 @@ class ServerGenerator(AbstractGenerator):
         async def work(client: CompletionClient, prompt: Prompt) -> tuple[Written, GenerationCost]:
             return await self._write(client, prompt, sampling)
 
-        results = in_background(self._opened, work, prompts, min(self._concurrency, max(1, len(prompts))))
+        opened = partial(self._connection.opened, self._url, self.events)
+        results = in_background(opened, work, prompts, min(self._connection.concurrency, max(1, len(prompts))))
         finished = 0
         try:
             while True:
@@ -134,24 +140,6 @@ class ServerGenerator(AbstractGenerator):
         finally:
             results.close()
 
-    @asynccontextmanager
-    async def _opened(self) -> Any:
-        httpx2 = _http_library()
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        limits = httpx2.Limits(max_connections=self._concurrency)
-        local = _is_loopback(urlsplit(self._url).hostname)
-        async with httpx2.AsyncClient(headers=headers, timeout=None, limits=limits, trust_env=not local) as http:
-            yield CompletionClient(
-                http,
-                self._url,
-                self._timeout_s,
-                self._max_retries,
-                self._backoff_s,
-                self._max_wait_s,
-                self._key,
-                self.events,
-            )
-
     async def _write(
         self, client: CompletionClient, prompt: Prompt, sampling: Sampling
     ) -> tuple[Written, GenerationCost]:
@@ -163,7 +151,7 @@ class ServerGenerator(AbstractGenerator):
         while len(completions) < wanted:
             asked = min(wanted - len(completions), self._choices_per_request or wanted)
             seed = seed_for(own_seed, "request", len(completions)) % SEEDS
-            answer = await client.ask(self._body(prompt, sampling, asked, seed), jitter)
+            answer = await client.ask(self._body(prompt, sampling, asked, seed), jitter, read_answer)
             given = len(answer.completions)
             if given != asked:
                 self.events["missing choices" if given < asked else "surplus choices"] += abs(given - asked)
@@ -190,65 +178,3 @@ class ServerGenerator(AbstractGenerator):
             "top_p": sampling.top_p,
             "seed": seed,
         }
-
-
-def _http_library() -> Any:
-    try:
-        import httpx2
-    except ModuleNotFoundError:
-        raise ConfigError("a server is asked through httpx2, which is not installed; pip install httpx2") from None
-    return httpx2
-
-
-def _checked_url(base_url: str) -> str:
-    parts = urlsplit(base_url)
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ConfigError(
-            "generator.base_url holds a user, a password, a query or a fragment, which would be written into "
-            "manifests; give a plain address, and a key through api_key_env"
-        )
-    try:
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
-        usable = False
-    if not usable:
-        raise ConfigError(f"generator.base_url is {base_url!r}; expected http or https, as http://127.0.0.1:8000/v1")
-    return base_url.rstrip("/")
-
-
-def _is_loopback(host: str | None) -> bool:
-    """Whether ``host`` is this machine, which no proxy of the environment may stand before."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
-
-
-def _key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ConfigError(f"generator.api_key_env names {variable}, which is not set in the environment; export it")
-    return key
-
-
-def _check_numbers(
-    concurrency: int,
-    choices_per_request: int | None,
-    timeout_s: float,
-    max_retries: int,
-    backoff_s: float,
-    max_wait_s: float,
-) -> None:
-    for name, value, least in (
-        ("concurrency", concurrency, 1),
-        ("choices_per_request", 1 if choices_per_request is None else choices_per_request, 1),
-        ("max_retries", max_retries, 0),
-        ("backoff_s", backoff_s, 0.0),
-        ("max_wait_s", max_wait_s, 0.0),
-    ):
-        if not value >= least:
-            raise ConfigError(f"generator.{name} is {value}; expected at least {least}")
-    if not timeout_s > 0:
-        raise ConfigError(f"generator.timeout_s is {timeout_s}; expected above 0")

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from research.errors import ConfigError
 from research.evaluation.completions import PromptCodec, readable, write_completions
 from research.generation.base import AbstractGenerator
+from research.generation.cost import GenerationCost
 from research.loops.kept_traces import GENERATED, RATIONALISED, origin
 from research.records import Completion, Problem, Sampling, Trace
 from research.seeding import seed_for
@@ -143,7 +144,7 @@ class OwnTraces:
     def _write(
         self, writer: StoreWriter, generator: AbstractGenerator, block: Sequence[Problem], of: str, seed: int
     ) -> None:
-        started, before = time.perf_counter(), _flops_spent(generator)
+        started, before = time.perf_counter(), _spent(generator)
         texts = {problem.index: self.hints.text(problem) if of == RATIONALISED else problem.text for problem in block}
         sampling = replace(self.sampling, seed=seed_for(seed, of))
         written = write_completions(generator, self.codec, self.grader.template, texts, sampling)
@@ -156,9 +157,10 @@ class OwnTraces:
             dropped=dict(Counter(str(row.reason) for row in rows if not row.kept)),
             verdicts=dict(Counter(str(row.verdict) for row in rows)),
         )
-        after = _flops_spent(generator)
-        flops = None if before is None or after is None else after - before
-        writer.write(rows, tally, time.perf_counter() - started, flops=flops)
+        after = _spent(generator)
+        cost = None if before is None or after is None else after - before
+        costs = {} if cost is None else {"flops": cost.flops, "prefill": cost.prefill()}
+        writer.write(rows, tally, time.perf_counter() - started, **costs)
 
     def _rows(self, problem: Problem, completions: Sequence[Completion], of: str) -> list[StoredTrace]:
         rows: list[StoredTrace] = []
@@ -196,7 +198,7 @@ class OwnTraces:
         return grade.process_valid
 
 
-def _flops_spent(generator: AbstractGenerator) -> float | None:
-    """FLOPs that the generator has spent so far; None for one that does not know."""
+def _spent(generator: AbstractGenerator) -> GenerationCost | None:
+    """What the generator has spent so far; None for one that does not know."""
     spent = getattr(generator, "spent", None)
-    return None if spent is None else spent.flops
+    return spent if isinstance(spent, GenerationCost) else None

@@ -24,7 +24,9 @@ from research.loops.fit import (
     resume_path,
     stopped_by_signals,
 )
+from research.loops.ledger import Ledger, ledger_of
 from research.loops.scoring import DataModule, Scores, score_classes, score_text
+from research.loops.validation_answers import ValidationAnswers
 from research.methods.base import AbstractMethod
 from research.models.weights import count_parameters, save_network, save_tokenizer, weights_sha256, write_model_card
 from research.results.record import RunRecord, collect_versions, git_revision, hardware, write_record
@@ -39,11 +41,11 @@ class FitLoop(Protocol):
     """Several fits in the place of one; leaves the final weights in the method's student, and its counters summed.
 
     metrics   of the loop's own stages, beside those of the final student
-    rollout   flops, tokens and seconds of what the student wrote meanwhile
+    ledger    lines of the record's ledger that stand in the place of the method's own
     """
 
     metrics: dict[str, float]
-    rollout: dict[str, float | None]
+    ledger: Ledger
 
     def run(self, method: AbstractMethod, interrupt: StopOnInterrupt, run_dir: Path) -> FitOutcome: ...
 
@@ -91,7 +93,28 @@ class TrainingRun:
             raise ConfigError(
                 "evaluation.weights=best selects on a validation split; there is none (data.holdout=0 or num_val=0)"
             )
-        return [*checkpoint_callbacks(self.run_dir / CHECKPOINTS, monitor, has_val), interrupt]
+        saved = checkpoint_callbacks(self.run_dir / CHECKPOINTS, monitor, has_val)
+        return [*self._validation_answers(has_val), *saved, interrupt]
+
+    def _validation_answers(self, has_val: bool) -> list[Callback]:
+        """What answers validation problems while the student is trained, where the config asks for it."""
+        options = self.config["evaluation"]
+        if not options["val_problems"]:
+            return []
+        if not isinstance(self.data, TraceData) or not has_val:
+            raise ConfigError(
+                f"evaluation.val_problems is {options['val_problems']}, which needs text with validation problems "
+                "(data=traces or data=prompts, data.num_val above 0)"
+            )
+        return [
+            ValidationAnswers(
+                self.data,
+                num_problems=options["val_problems"],
+                num_samples=options["val_samples"],
+                max_new_tokens=options["max_new_tokens"] or self.data.max_tokens,
+                seed=self.config["seed"],
+            )
+        ]
 
     def run(self, trainer: L.Trainer, interrupt: StopOnInterrupt) -> RunRecord:
         """Fit, evaluate and write `run.json`, whatever the outcome; raises after it where the run did not complete."""
@@ -208,32 +231,11 @@ class TrainingRun:
         write_record(self.run_dir / RECORD_FILE, record)
         return record
 
-    def _ledger(self, outcome: FitOutcome) -> dict[str, dict[str, float | None]]:
-        """FLOPs by torch's counter, tokens (rows of what has none) and seconds, over all fits of a resumed run.
-
-        The teacher's training is amortised by the reader, so it stands here whole, and None where no record says what
-        it cost.
-        """
-        method, teacher = self.method, self.method.teacher
-        nothing: dict[str, float | None] = {"flops": 0.0, "tokens": 0.0, "seconds": 0.0}
-        ledger: dict[str, dict[str, float | None]] = {
-            "student_update": {
-                "flops": method.update_flops,
-                "tokens": float(method.tokens_seen),
-                "seconds": method.earlier_seconds + outcome.seconds - method.teacher_seconds,
-            },
-            "rollout": nothing if self.loop is None else self.loop.rollout,
-            "teacher_scoring": nothing,
-            "teacher_training": nothing,
-        }
-        if teacher is not None and method.teacher_rows:
-            ledger["teacher_scoring"] = {
-                "flops": method.teacher_flops + teacher.spent_flops(),
-                "tokens": float(method.teacher_rows),
-                "seconds": method.teacher_seconds,
-            }
-            ledger["teacher_training"] = {"flops": teacher.identity.training_flops, "tokens": None, "seconds": None}
-        return ledger
+    def _ledger(self, outcome: FitOutcome) -> Ledger:
+        """Over all fits of a resumed run; a loop that runs several says what is its own."""
+        seconds = self.method.earlier_seconds + outcome.seconds
+        ledger = ledger_of(self.method, seconds, is_text=isinstance(self.data, TraceData))
+        return ledger if self.loop is None else ledger | self.loop.ledger
 
 
 def _leave_other_ranks(trainer: L.Trainer) -> None:

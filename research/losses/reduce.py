@@ -20,7 +20,7 @@ def masked_sum(per_position_N: Tensor, loss_mask_N: Tensor | None = None) -> Los
     if loss_mask_N is None:
         count = torch.full((), per_position_N.numel(), dtype=torch.int64, device=per_position_N.device)
         return LossSum(per_position_N.sum(), count)
-    _check_mask(loss_mask_N, per_position_N.shape)
+    check_mask(loss_mask_N, per_position_N.shape)
     kept_N = torch.where(loss_mask_N, per_position_N, torch.zeros_like(per_position_N))
     return LossSum(kept_N.sum(), loss_mask_N.sum())
 
@@ -47,11 +47,12 @@ def fill_masked_rows(rows_NV: Tensor, loss_mask_N: Tensor | None, value: float =
     """
     if loss_mask_N is None:
         return rows_NV
-    _check_mask(loss_mask_N, rows_NV.shape[:-1])
+    check_mask(loss_mask_N, rows_NV.shape[:-1])
     return rows_NV.masked_fill(~loss_mask_N.unsqueeze(-1), value)
 
 
-def _check_mask(loss_mask_N: Tensor, shape: torch.Size) -> None:
+def check_mask(loss_mask_N: Tensor, shape: torch.Size) -> None:
+    """Raise TypeError unless the mask is boolean, ValueError unless it has the positions' shape."""
     if loss_mask_N.dtype != torch.bool:
         raise TypeError(
             f"loss_mask has dtype {loss_mask_N.dtype}: expected torch.bool, True where a position is trained"

@@ -5,15 +5,15 @@ import math
 import torch
 from torch import Tensor
 
-from research.losses.divergences import divergence as divergence_named
+from research.losses.linear import linear_divergence
 from research.losses.logprobs import check_same_shape, working_dtype
 from research.losses.reduce import fill_masked_rows, masked_sum
-from research.losses.sparse import sparse_divergence
-from research.records import DenseLogits, LossSum, TeacherSignal, TopKLogprobs
+from research.losses.signal_divergence import signal_divergence, teacher_logits
+from research.records import DenseLogits, HiddenProjection, LossSum, TeacherSignal, TopKLogprobs
 
 
 def soft_target(
-    student_logits_NV: Tensor,
+    student: Tensor | HiddenProjection,
     signal: TeacherSignal,
     *,
     divergence: str = "forward_kl",
@@ -26,8 +26,11 @@ def soft_target(
     """``temperature ** 2 * divergence(student, teacher)`` at ``temperature``, in nats, summed over trained positions.
 
     ``divergence`` names a function of ``divergences.py``; ``teacher_mixture_weight`` goes with ``jsd`` and
-    ``normalised_jsd``, ``skew_weight`` with the skewed KLs, and either is refused elsewhere. A dense signal is compared
-    over all V classes, a top-k one over K kept classes and a tail bucket.
+    ``normalised_jsd``, ``skew_weight`` with the skewed KLs, and either is refused elsewhere. A dense or hidden signal
+    is compared over all V classes, a top-k one over K kept classes and a tail bucket.
+
+    ``student`` is logits ``[..., V]``, or the hidden states and head that make them: then neither side's logits are
+    ever whole, see ``linear.linear_divergence``.
 
     The gradient of a divergence in the logits falls as ``1 / temperature ** 2``; the factor keeps the balance with a
     hard-label term when the temperature changes (Hinton et al. 2015, section 2). ``scale_by_temperature_squared=False``
@@ -36,23 +39,19 @@ def soft_target(
     Raises ValueError on an unknown divergence, a weight too many or missing or out of range, a bad temperature, and
     student and signal that differ in class count or rows; TypeError on an unknown kind of signal.
     """
-    student_logits_NV = fill_masked_rows(student_logits_NV, loss_mask_N)
-    if isinstance(signal, DenseLogits):
-        bound = divergence_named(divergence, teacher_mixture_weight=teacher_mixture_weight, skew_weight=skew_weight)
-        check_same_shape(student_logits_NV, signal.logits_NV)
-        teacher_logits_NV = fill_masked_rows(signal.logits_NV, loss_mask_N)
-        per_position_N = bound(student_logits_NV, teacher_logits_NV, temperature=temperature)
-    elif isinstance(signal, TopKLogprobs):
-        per_position_N = sparse_divergence(
-            divergence,
-            student_logits_NV,
-            _fill_masked_signal(signal, loss_mask_N),
-            temperature=temperature,
-            teacher_mixture_weight=teacher_mixture_weight,
-            skew_weight=skew_weight,
+    options = {"temperature": temperature, "teacher_mixture_weight": teacher_mixture_weight, "skew_weight": skew_weight}
+    if isinstance(student, HiddenProjection):
+        return linear_divergence(
+            student,
+            signal,
+            divergence=divergence,
+            scale_by_temperature_squared=scale_by_temperature_squared,
+            loss_mask_N=loss_mask_N,
+            **options,  # type: ignore[arg-type]
         )
-    else:
-        raise TypeError(f"a teacher signal of type {type(signal).__name__}: expected DenseLogits or TopKLogprobs")
+    student_logits_NV = fill_masked_rows(student, loss_mask_N)
+    signal = _fill_masked_signal(signal, loss_mask_N)
+    per_position_N = signal_divergence(divergence, student_logits_NV, signal, **options)  # type: ignore[arg-type]
     loss = masked_sum(per_position_N, loss_mask_N)
     return LossSum(loss.total * temperature**2, loss.count) if scale_by_temperature_squared else loss
 
@@ -79,10 +78,19 @@ def logit_matching(student_logits_NV: Tensor, teacher_logits_NV: Tensor, loss_ma
     return masked_sum(squares_N / (2 * num_classes_N1.squeeze(-1)), loss_mask_N)
 
 
-def _fill_masked_signal(signal: TopKLogprobs, loss_mask_N: Tensor | None) -> TopKLogprobs:
-    """The signal with its masked rows made harmless: classes 0 to K-1 of a uniform distribution."""
-    if loss_mask_N is None or signal.ids_NK.shape[:-1] != loss_mask_N.shape:
-        return signal  # rows that disagree are refused, with both shapes, by the divergence
+def _fill_masked_signal(signal: TeacherSignal, loss_mask_N: Tensor | None) -> TeacherSignal:
+    """The signal with its masked rows made harmless: zeros, or classes 0 to K-1 of a uniform distribution.
+
+    Rows that disagree with the mask are left to the divergence, which refuses them with both shapes.
+    """
+    if loss_mask_N is None:
+        return signal
+    if not isinstance(signal, TopKLogprobs):
+        logits_NV = teacher_logits(signal)
+        agree = logits_NV.shape[:-1] == loss_mask_N.shape
+        return DenseLogits(fill_masked_rows(logits_NV, loss_mask_N) if agree else logits_NV)
+    if signal.ids_NK.shape[:-1] != loss_mask_N.shape:
+        return signal
     width, kept = signal.num_classes, signal.ids_NK.shape[-1]
     first_ids_K = torch.arange(kept, device=signal.ids_NK.device, dtype=signal.ids_NK.dtype)
     tail = math.log((width - kept) / width) if width > kept else -math.inf

@@ -26,22 +26,14 @@ def cross_entropy(
     Raises ValueError on shapes that disagree, label_smoothing outside [0, 1), and (checked on the CPU only, a check on
     an accelerator would wait for it) a trained label outside [0, V); TypeError on labels that are not integers.
     """
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing={label_smoothing!r}: expected a number from 0 up to but not including 1")
-    if label_N.is_floating_point() or label_N.dtype == torch.bool:
-        raise TypeError(f"labels have dtype {label_N.dtype}: expected integer class ids")
-    if label_N.shape != logits_NV.shape[:-1]:
-        raise ValueError(
-            f"labels have shape {tuple(label_N.shape)} for logits of shape {tuple(logits_NV.shape)}: expected one "
-            f"label for each row, {tuple(logits_NV.shape[:-1])}"
-        )
+    check_smoothing(label_smoothing)
+    check_labels(label_N, logits_NV.shape[:-1])
+    check_mask_or_weight(loss_mask_N, weight_N)
     if weight_N is not None:
-        if loss_mask_N is not None:
-            raise ValueError("loss_mask and weight were both given: give one; a weight of 0 is a mask")
         loss_mask_N = weight_N > 0
     logits_NV = fill_masked_rows(logits_NV, loss_mask_N)
     label_N1 = fill_masked_rows(label_N.long().unsqueeze(-1), loss_mask_N, 0)
-    _check_labels(label_N1, logits_NV.shape[-1])
+    check_label_range(label_N1, logits_NV.shape[-1])
     logprobs_NV = tempered_logprobs(logits_NV, 1.0, working_dtype(logits_NV))
     loss_N = -logprobs_NV.gather(-1, label_N1).squeeze(-1)
     if label_smoothing > 0:
@@ -49,7 +41,33 @@ def cross_entropy(
     return masked_sum(loss_N, loss_mask_N) if weight_N is None else weighted_sum(loss_N, weight_N)
 
 
-def _check_labels(label_N1: Tensor, num_classes: int) -> None:
+def check_smoothing(label_smoothing: float) -> None:
+    """Raise ValueError unless ``0 <= label_smoothing < 1``."""
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing!r}: expected a number from 0 up to but not including 1")
+
+
+def check_labels(label_N: Tensor, rows: torch.Size) -> None:
+    """Raise TypeError unless the labels are integers, ValueError unless there is one for each row of logits."""
+    if label_N.is_floating_point() or label_N.dtype == torch.bool:
+        raise TypeError(f"labels have dtype {label_N.dtype}: expected integer class ids")
+    if label_N.shape != rows:
+        raise ValueError(
+            f"labels have shape {tuple(label_N.shape)} for positions of shape {tuple(rows)}: expected one label for "
+            "each row of logits"
+        )
+
+
+def check_mask_or_weight(loss_mask_N: Tensor | None, weight_N: Tensor | None) -> None:
+    """Raise ValueError where both are given, TypeError where the weight is no floating-point tensor."""
+    if weight_N is not None and loss_mask_N is not None:
+        raise ValueError("loss_mask and weight were both given: give one; a weight of 0 is a mask")
+    if weight_N is not None and not weight_N.is_floating_point():
+        raise TypeError(f"loss weights have dtype {weight_N.dtype}: expected a floating-point type")
+
+
+def check_label_range(label_N1: Tensor, num_classes: int) -> None:
+    """Raise ValueError where a trained label is outside [0, V); checked on the CPU only."""
     if label_N1.device.type != "cpu" or label_N1.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = int(label_N1.min()), int(label_N1.max())

@@ -88,6 +88,7 @@ class AbstractMethod(L.LightningModule, ABC):
     """
 
     needs_teacher = False
+    needs_prompts = False  # problems to answer itself, rather than rows to learn
     validation_metrics: tuple[str, ...] = ("val/errors", "val/nll")
 
     def __init__(self, training: Training, teacher: AbstractTeacher | None = None) -> None:
@@ -157,10 +158,22 @@ class AbstractMethod(L.LightningModule, ABC):
         trainer: Any = self.trainer
         if trainer.precision not in PRECISIONS:
             raise ConfigError(f"trainer.precision is {trainer.precision!r}; expected one of {', '.join(PRECISIONS)}")
+        if stage == "fit":
+            self._check_kind_of_batch(trainer.datamodule)
         if self.teacher is not None:
             self.teacher.to(trainer.strategy.root_device)
             if stage == "fit":
                 self.teacher.connect(trainer.datamodule)
+
+    def _check_kind_of_batch(self, data: Any) -> None:
+        """Raise ConfigError for rows where prompts are needed, and the other way round."""
+        name, poses = type(self).__name__, bool(getattr(data, "num_prompts", 0))
+        if self.needs_prompts and not poses:
+            raise ConfigError(
+                f"{name} trains on what the student answers; these data hold no prompts, give data=prompts"
+            )
+        if poses and not self.needs_prompts:
+            raise ConfigError(f"{name} trains on rows, and these data pose prompts: give data.num_prompts=0")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Remember the random numbers at the start of a step: one that is interrupted comes again with the same."""

@@ -10,6 +10,8 @@ from research.losses.soft_target import soft_target
 from research.losses.supervised import cross_entropy
 from research.methods.base import AbstractMethod, Component, Training
 from research.methods.soft_target import check_temperature, check_weights
+from research.methods.token_validation import METRICS as TOKEN_METRICS
+from research.methods.token_validation import log_token_validation
 from research.records import DenseLogits, LossSum, TokenBatch
 from research.teachers.base import AbstractTeacher
 
@@ -28,7 +30,7 @@ class SftTrace(AbstractMethod):
                   token-level distillation at once, where the trace is the teacher's own)
     """
 
-    validation_metrics = ("val/nll", "val/token_accuracy")
+    validation_metrics = (*TOKEN_METRICS, "val/errors", "val/accuracy")
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class SftTrace(AbstractMethod):
                 f"method.fixed_length is {fixed_length} with reduction={reduction}; give tokens, at least 1, for "
                 "reduction=fixed and leave it out elsewhere"
             )
-        check_weights(hard_weight, soft_weight)
+        check_weights(hard_weight=hard_weight, soft_weight=soft_weight)
         check_temperature(temperature)
         self.reduction, self.fixed_length = reduction, fixed_length
         self.hard_weight, self.soft_weight, self.temperature = hard_weight, soft_weight, temperature
@@ -94,17 +96,7 @@ class SftTrace(AbstractMethod):
         return Component(name, loss, weight, batch.step_rows * float(self.fixed_length or 1))
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        """Cross-entropy and accuracy at the completion's places, means over tokens."""
-        logits_BTV = self.student(*batch.network_inputs())
-        mask_BT = batch.completion_BT
-        nll = cross_entropy(logits_BTV, batch.label_BT, mask_BT)
-        right = ((logits_BTV.argmax(dim=-1) == batch.label_BT) & mask_BT).sum()
-        tokens = int(nll.count)
-        if tokens == 0:
-            return
-        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": tokens}
-        self.log("val/nll", nll.mean(), **options)
-        self.log("val/token_accuracy", right / tokens, **options)
+        log_token_validation(self, self.student, batch)
 
 
 def _document_weight(batch: TokenBatch) -> Tensor:

@@ -41,7 +41,7 @@ class SoftTarget(AbstractMethod):
     ) -> None:
         super().__init__(training, teacher)
         check_temperature(temperature)
-        check_weights(hard_weight, soft_weight)
+        check_weights(hard_weight=hard_weight, soft_weight=soft_weight)
         self.temperature, self.hard_weight, self.soft_weight = temperature, hard_weight, soft_weight
         self._options: dict[str, Any] = {
             "divergence": divergence,
@@ -82,7 +82,7 @@ class LogitMatching(AbstractMethod):
         soft_weight: float = 1.0,
     ) -> None:
         super().__init__(training, teacher)
-        check_weights(hard_weight, soft_weight)
+        check_weights(hard_weight=hard_weight, soft_weight=soft_weight)
         self.hard_weight, self.soft_weight = hard_weight, soft_weight
 
     def components(self, batch: ClassBatch) -> list[Component]:
@@ -107,10 +107,12 @@ def check_temperature(temperature: float) -> None:
         raise ConfigError(f"method.temperature is {temperature}; expected a positive, finite number such as 4")
 
 
-def check_weights(hard_weight: float, soft_weight: float) -> None:
-    """Raise ConfigError for weights of the two terms that are negative, not finite, or both 0."""
-    for key, weight in (("hard_weight", hard_weight), ("soft_weight", soft_weight)):
+def check_weights(**weights: float) -> None:
+    """Raise ConfigError for weights of a loss's terms that are negative, not finite, or all 0."""
+    for key, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
             raise ConfigError(f"method.{key} is {weight}; expected a finite number, 0 or more")
-    if hard_weight == 0 and soft_weight == 0:
-        raise ConfigError("method.hard_weight and method.soft_weight are both 0; at least one must be positive")
+    if not any(weights.values()):
+        every = "both" if len(weights) == 2 else "all"
+        names = " and ".join(f"method.{key}" for key in weights)
+        raise ConfigError(f"{names} are {every} 0; at least one must be positive")

@@ -16,6 +16,7 @@ from research.errors import ConfigError
 
 ARCHITECTURES = ("llama", "qwen3", "gpt2")
 DEFAULT_ROPE_THETA = 10_000.0
+SHARD_SIZE = "5GB"  # of weights on disk
 
 
 class AbstractLanguageModel(nn.Module):
@@ -201,11 +202,13 @@ def set_generation_ids(model: Any, eos_token_id: int | Sequence[int], pad_token_
 
 
 def write_folder(model: Any, folder: Path) -> None:
-    """`save_pretrained` in one file, without a progress bar."""
+    """`save_pretrained` without a progress bar: the weights in one file up to SHARD_SIZE, above it in several."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model.save_pretrained(folder, max_shard_size="1TB")
+    for stale in folder.glob("model*.safetensors*"):
+        stale.unlink()  # one file would be read before the several that are written after it
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
 
 
 def _from_config(config: Any, pad_token_id: int) -> Any:

@@ -21,7 +21,7 @@ from research.models.language import AbstractLanguageModel, write_folder
 
 ARCHITECTURE_FILE = "architecture.json"
 WEIGHTS_FILE = "model.safetensors"
-
+SHARDS_FILE = f"{WEIGHTS_FILE}.index.json"  # name of each tensor -> the file it is in, where there are several
 
 SELF = "."  # a stored description's `path` where the folder itself holds the model
 
@@ -43,7 +43,8 @@ def save_network(folder: Path, module: nn.Module, architecture: dict[str, Any], 
     """Write a network and the plain description it is rebuilt from; returns the weights' sha256.
 
     A language model leaves as transformers writes it, with config.json, generation_config.json and that library's own
-    parameter names, adapters merged: `AutoModelForCausalLM.from_pretrained` loads it without this package.
+    parameter names, adapters merged: `AutoModelForCausalLM.from_pretrained` loads it without this package. Above
+    5 GB its weights are several files and their index.
 
     half  round floating-point weights to float16, which halves the file; the hash is that of the rounded weights as
           they are loaded back, in their own dtype
@@ -108,18 +109,34 @@ def at_home(architecture: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def load_weights(module: nn.Module, folder: Path, expected_sha256: str | None) -> None:
-    """Load `model.safetensors` into `module`; refuses other shapes, another hash, and weights that are all zero."""
+    """Load a folder's weights into `module`; refuses other shapes, another hash, and weights that are all zero."""
     path = folder / WEIGHTS_FILE
-    try:
-        state = load_file(path)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read the weights {path}: {error}") from None
+    state = _read_weights(folder)
     if isinstance(module, AbstractLanguageModel):
         state = _own_names(module, state)
     check_state(module, state, str(path))
     module.load_state_dict(state)
     refuse_zero_weights(module, str(path))
     check_sha256(module, path, expected_sha256)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of `model.safetensors`, or of the files that `model.safetensors.index.json` names."""
+    path, index = folder / WEIGHTS_FILE, folder / SHARDS_FILE
+    if path.exists() or not index.exists():
+        return _read_file(path)
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged ({error!r}); train or copy the folder again") from None
+    return {name: tensor for file in names for name, tensor in _read_file(folder / Path(str(file)).name).items()}
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the weights {path}: {error}") from None
 
 
 def check_sha256(module: nn.Module, path: Path, expected_sha256: str | None) -> None:

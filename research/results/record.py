@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READ_SCHEMAS = (1, 2)  # in 1 the ledger had no part prompt_prefill: the prompts' passes are in its rollout
 STATUSES = ("completed", "failed", "preempted")
-LEDGER_PARTS = ("student_update", "teacher_scoring", "teacher_training", "rollout")
+LEDGER_PARTS = ("student_update", "teacher_scoring", "teacher_training", "rollout", "prompt_prefill")
 LEDGER_FIELDS = ("flops", "tokens", "seconds")
 RECORDED_PACKAGES = (
     "torch", "lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "scipy", "safetensors",
@@ -36,7 +37,8 @@ class RunRecord:
     started_at, wall_s     UTC, ISO 8601; seconds of wall time
     metrics                flat ``split/name`` -> float
     ledger                 part (LEDGER_PARTS) -> {flops, tokens, seconds}; 0 means none was spent, an absent or null
-                           field means not measured, and then no total exists
+                           field means not measured, and then no total exists. A rollout is what was generated,
+                           prompt_prefill the passes over the prompts before it
     data                   {name, fingerprint, summary}
     student, teacher       {architecture, parameters, sha256}; teacher None where there was none
     artifacts              name -> path relative to the record; ``items/<split>`` is the per-item parquet
@@ -121,13 +123,14 @@ def read_record(path: str | Path) -> RunRecord:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a run record: {error}") from error
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA_VERSION:
+    if not isinstance(content, dict) or content.get("schema") not in READ_SCHEMAS:
         given = content.get("schema") if isinstance(content, dict) else content
-        raise ValueError(f"{path}: schema is {given!r}; this version reads {SCHEMA_VERSION}")
+        raise ValueError(f"{path}: schema is {given!r}; this version reads {' and '.join(map(str, READ_SCHEMAS))}")
     missing = [key for key in RECORD_KEYS if key not in content]
     unknown = sorted(set(content) - set(RECORD_KEYS))
     if missing or unknown:
-        raise ValueError(f"{path}: not a run record of schema {SCHEMA_VERSION}: missing {missing}, unknown {unknown}")
+        schema = content["schema"]
+        raise ValueError(f"{path}: not a run record of schema {schema}: missing {missing}, unknown {unknown}")
     content["metrics"] = {name: float(value) for name, value in content["metrics"].items()}
     content["wall_s"] = float(content["wall_s"])
     return RunRecord(**content)

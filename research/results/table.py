@@ -5,11 +5,12 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from research.results.record import LEDGER_FIELDS, LEDGER_PARTS, ledger_total
+from research.results.record import LEDGER_FIELDS, LEDGER_PARTS, SCHEMA_VERSION, ledger_total
 from research.results.study import Cell, Study, requirements
 
-# What one run costs on its own, and with the training of its teacher charged in full.
-RUN_PARTS = ("student_update", "teacher_scoring", "rollout")
+# What one run costs on its own; with the training of its teacher charged in full it is all of LEDGER_PARTS.
+RUN_PARTS = ("student_update", "teacher_scoring", "rollout", "prompt_prefill")
+PREFILL_COLUMNS = tuple(f"prompt_prefill_{name}" for name in LEDGER_FIELDS)
 Row = dict[str, Any]
 
 
@@ -23,8 +24,9 @@ def tidy_rows(
     """One row per requirement, then one per cell, in declared order; a missing run has a status and no numbers.
 
     Columns: role, arm, the factors, seed, status, the metrics by name, ``<ledger part>_<field>``, ``run_<field>``
-    (student update + teacher scoring + rollouts), ``charged_<field>`` (the same + teacher training), seconds (wall
-    time). A cost that was not measured is blank, and so is every total that would need it.
+    (student update + teacher scoring + rollouts + their prompts), ``charged_<field>`` (the same + teacher training),
+    seconds (wall time). A cost that was not measured is blank, and so is every total that would need it. Records of
+    schema 1 have the prompts' passes in their rollouts and no column for them.
     """
     places = [Cell(requirement.name, {}, -1, (), requirement.key) for requirement in requirements(study, preset)]
     rows = []
@@ -36,24 +38,25 @@ def tidy_rows(
         row["status"] = "completed" if record else missing[cell.key]
         if record:
             row |= dict(sorted(record["metrics"].items()))
-            row |= _costs(record["ledger"])
+            row |= _costs(record["ledger"], int(record.get("schema", 1)))
             row["seconds"] = record["wall_s"]
         rows.append(row)
     return rows
 
 
-def _costs(ledger: Mapping[str, Mapping[str, Any]]) -> Row:
-    costs: Row = {
-        f"{part}_{name}": ledger_total(ledger, name, [part]) for part in LEDGER_PARTS for name in LEDGER_FIELDS
-    }
-    costs |= {f"run_{name}": ledger_total(ledger, name, RUN_PARTS) for name in LEDGER_FIELDS}
-    return costs | {f"charged_{name}": ledger_total(ledger, name, LEDGER_PARTS) for name in LEDGER_FIELDS}
+def _costs(ledger: Mapping[str, Mapping[str, Any]], schema: int) -> Row:
+    absent = ("prompt_prefill",) if schema == 1 else ()
+    parts, of_run = ([part for part in group if part not in absent] for group in (LEDGER_PARTS, RUN_PARTS))
+    costs: Row = {f"{part}_{name}": ledger_total(ledger, name, [part]) for part in parts for name in LEDGER_FIELDS}
+    costs |= {f"run_{name}": ledger_total(ledger, name, of_run) for name in LEDGER_FIELDS}
+    return costs | {f"charged_{name}": ledger_total(ledger, name, parts) for name in LEDGER_FIELDS}
 
 
 def table_columns(study: Study, rows: Sequence[Row]) -> list[str]:
     """The column order: place, status, metrics in alphabetical order, costs, seconds."""
     place = ["role", "arm", *study.factors, "seed", "status"]
-    costs = [*_costs({}), "seconds"]
+    schema = SCHEMA_VERSION if any(PREFILL_COLUMNS[0] in row for row in rows) else 1
+    costs = [*_costs({}, schema), "seconds"]
     metrics = {name for row in rows for name in row} - {*place, *costs}
     return [*place, *sorted(metrics), *costs]
 

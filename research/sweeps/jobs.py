@@ -171,6 +171,7 @@ def _cache_record(
         ledger={
             "student_update": nothing,
             "rollout": nothing,
+            "prompt_prefill": nothing,
             "teacher_scoring": scoring,
             "teacher_training": training,
         },

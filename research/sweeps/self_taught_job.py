@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from research.data.traces import TraceData, reference_trace
 from research.errors import ConfigError
 from research.generation.in_process import LocalGenerator
 from research.loops.fit import LAST, FitOutcome, KeepLast, StopOnInterrupt, fit
+from research.loops.ledger import Ledger, added, ledger_of, nothing
 from research.loops.own_traces import Hints, OwnTraces
 from research.loops.scoring import write_and_grade
 from research.loops.self_taught import TRACES_FOLDER, Schedule, SelfTaught
@@ -27,7 +28,9 @@ from research.tasks.grading import Grader
 from research.traces.store import TraceStore
 
 SPENT_FILE = "spent.json"
-COUNTERS = ("rows_seen", "tokens_seen", "update_flops", "teacher_rows", "teacher_flops", "teacher_seconds")
+COUNTERS = (
+    "rows_seen", "tokens_seen", "update_flops", "teacher_rows", "teacher_tokens", "teacher_flops", "teacher_seconds",
+)  # fmt: skip
 FOLDER = "self_taught"
 
 
@@ -44,7 +47,7 @@ class SelfTaughtLoop:
         self._cfg, self._data, self._plan = cfg, data, plan
         self._interrupt: StopOnInterrupt | None = None
         self.metrics: dict[str, float] = {}
-        self.rollout: dict[str, float | None] = {"flops": 0.0, "tokens": 0.0, "seconds": 0.0}
+        self.ledger: Ledger = {}
 
     def run(self, method: AbstractMethod, interrupt: StopOnInterrupt, run_dir: Path) -> FitOutcome:
         """Run, or go on with, the loop in ``run_dir/self_taught``; the last student's weights end in ``method``."""
@@ -52,11 +55,15 @@ class SelfTaughtLoop:
         folder = run_dir / FOLDER
         result = self._loop(method.student).run(folder)
         method.student.load_state_dict(result.student.state_dict())
-        for spent in self._spent(folder):
+        spent = self._spent(folder)
+        for counts in spent:
             for name in COUNTERS:
-                setattr(method, name, getattr(method, name) + spent[name])
+                setattr(method, name, getattr(method, name) + counts.get(name, 0))
         self._account(folder, result.records)
-        return FitOutcome("completed", None, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        updates = ledger_of(method, seconds, is_text=True)["student_update"]
+        self.ledger["student_update"] = {**updates, "seconds": _sum(counts.get("seconds") for counts in spent)}
+        return FitOutcome("completed", None, seconds)
 
     def _loop(self, base: nn.Module) -> SelfTaught:
         plan, data = self._plan, self._data
@@ -110,6 +117,8 @@ class SelfTaughtLoop:
         outcome = fit(trainer, method, data, self._interrupt, str(last) if last.exists() else None)
         outcome.raise_if_stopped(folder)
         spent = {name: getattr(method, name) for name in COUNTERS}
+        whole = ledger_of(method, method.earlier_seconds + outcome.seconds, is_text=True)
+        spent["seconds"] = whole["student_update"]["seconds"]
         write_atomic(folder / SPENT_FILE, json.dumps(spent).encode())
         last.unlink(missing_ok=True)
         return method.student
@@ -127,11 +136,14 @@ class SelfTaughtLoop:
 
     def _account(self, folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
         """The ledger of what was written, and the metrics of every iteration."""
+        self.ledger |= {"rollout": nothing(), "prompt_prefill": nothing()}
         for path in sorted(folder.glob(f"iteration_*/{TRACES_FOLDER}")):
             manifest = TraceStore(path).manifest
-            self._add("flops", manifest.cost["flops"])
-            self._add("tokens", float(manifest.tally.tokens))
-            self._add("seconds", manifest.cost["seconds"])
+            written = {**manifest.cost, "tokens": float(manifest.tally.tokens)}
+            for name, prefill in manifest.prefill.items():
+                rest = written[name] if name == "tokens" else added(written[name], _negative(prefill))
+                self._add("prompt_prefill", name, prefill)
+                self._add("rollout", name, rest)
         for record in records:
             number = f"{record['iteration']:02d}"
             for name, value in (record["metrics"] or {}).items():
@@ -142,6 +154,16 @@ class SelfTaughtLoop:
             if record["documents"] is not None:
                 self.metrics[f"self_taught/documents_{number}"] = float(record["documents"])
 
-    def _add(self, name: str, value: float | None) -> None:
-        before = self.rollout[name]
-        self.rollout[name] = None if before is None or value is None else before + value
+    def _add(self, part: str, name: str, value: float | None) -> None:
+        self.ledger[part][name] = added(self.ledger[part][name], value)
+
+
+def _negative(value: float | None) -> float | None:
+    return None if value is None else -value
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    total: float | None = 0.0
+    for value in values:
+        total = added(total, value)
+    return total

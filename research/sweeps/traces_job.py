@@ -85,7 +85,10 @@ def _metrics(parts: Parts, manifest: StoreManifest) -> dict[str, float]:
 
 
 def _record(cfg: DictConfig, parts: Parts, manifest: StoreManifest, started_at: str, wall_s: float) -> RunRecord:
-    """What a store cost and holds; the ledger's teacher_scoring is the teacher's writing, over all processes."""
+    """What a store cost and holds; the ledger's teacher_scoring is the teacher's writing, over all processes.
+
+    Its passes over the prompts are in there: prompt_prefill and rollout are a student's.
+    """
     scoring, training, teacher = NOTHING, NOTHING, None
     if parts.teacher is not None:
         generator = getattr(parts.source, "generator", None)
@@ -111,6 +114,7 @@ def _record(cfg: DictConfig, parts: Parts, manifest: StoreManifest, started_at: 
         ledger={
             "student_update": NOTHING,
             "rollout": NOTHING,
+            "prompt_prefill": NOTHING,
             "teacher_scoring": scoring,
             "teacher_training": training,
         },

@@ -60,6 +60,7 @@ class Shard:
     tokens  tokens generated for it, as the generator counts them; None: not known, as for the other costs
     flops   of generation
     seconds of wall time, over all processes that worked at it
+    prefill of these costs, those of the passes over the prompts: flops, tokens, seconds; None where not told apart
     """
 
     sha256: str
@@ -68,6 +69,7 @@ class Shard:
     tokens: float | None = None
     flops: float | None = None
     seconds: float | None = None
+    prefill: dict[str, float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,14 @@ class StoreManifest:
         """Tokens, FLOPs and seconds of all shards; None where that of one is not known."""
         return {
             name: _total(getattr(shard, name) for shard in self.shards.values())
+            for name in ("tokens", "flops", "seconds")
+        }
+
+    @property
+    def prefill(self) -> dict[str, float | None]:
+        """Of that, the passes over the prompts; their tokens were read, not generated, and are no part of ``cost``."""
+        return {
+            name: _total((shard.prefill or {}).get(name) for shard in self.shards.values())
             for name in ("tokens", "flops", "seconds")
         }
 

@@ -63,7 +63,7 @@ class Mixture:
             if part.count > part.available and not (repeat and part.available):
                 raise ConfigError(
                     f"the mixture takes {part.count} traces of {part.name}, which holds {part.available}; "
-                    "take fewer, write more, or allow repeat"
+                    "take fewer, or write more"
                 )
 
     def __len__(self) -> int:
@@ -92,6 +92,26 @@ class Mixture:
             for trace, taken in zip(part.store.traces(), taken_N.tolist(), strict=True):
                 if taken > times:
                     yield replace(trace, details={**trace.details, "source": part.name})
+
+
+def training_mixture(parts: Sequence[Mapping[str, Any]], num_train: int | None, seed: int) -> Mixture:
+    """The mixture that ``data.mixture`` and ``data.num_train`` ask for, no trace of it twice.
+
+    By weight, ``num_train`` is the total; by count, a limit: ConfigError where the counts pass it, since a part of a
+    mixture is another mixture.
+    """
+    by_weight = any(part.get("weight") is not None for part in parts)
+    try:
+        mixture = Mixture(parts, total=num_train if by_weight else None, seed=seed)
+    except ConfigError as error:
+        total = f" (the total is data.num_train={num_train}; null takes as many as fit)" if by_weight else ""
+        raise ConfigError(f"data.mixture: {error}{total}") from None
+    if num_train is not None and len(mixture) > num_train:
+        raise ConfigError(
+            f"data.mixture takes {len(mixture)} traces by count, and data.num_train is {num_train}; "
+            "give data.num_train=null, or weights, which num_train is shared out by"
+        )
+    return mixture
 
 
 def _folder(part: Mapping[str, Any], number: int) -> str:

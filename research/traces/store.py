@@ -167,6 +167,7 @@ class StoreWriter:
         *,
         tokens: float | None = None,
         flops: float | None = None,
+        prefill: dict[str, float | None] | None = None,
     ) -> None:
         """Write the next shard: ``rows`` as they stand, ``tally`` with what is not stored, and what it cost."""
         if self.manifest.complete:
@@ -183,7 +184,8 @@ class StoreWriter:
                 f"{name} of {self.folder} could not be written ({error}); the {self.finished} finished shards are "
                 "kept. Free space and run the same command again: it goes on from there"
             ) from error
-        self._enter(name, Shard(hashlib.sha256(content).hexdigest(), len(rows), tally, tokens, flops, seconds))
+        sha256 = hashlib.sha256(content).hexdigest()
+        self._enter(name, Shard(sha256, len(rows), tally, tokens, flops, seconds, prefill))
 
     def seal(self) -> StoreManifest:
         """Say that the store is complete. A sealed store is read by anyone and written by nobody."""

@@ -54,14 +54,14 @@ def test_p124_root_keys_of_every_command() -> None:
 
 def test_run_record_schema() -> None:
     """A changed key needs a new SCHEMA_VERSION: older run.json files would no longer be read."""
-    assert SCHEMA_VERSION == 1
+    assert SCHEMA_VERSION == 2
     assert RECORD_KEYS == (
         "schema", "command", "experiment", "status", "reason", "seed", "config", "config_hash", "overrides",
         "versions", "revision", "hardware", "started_at", "wall_s", "metrics", "ledger", "data", "student",
         "teacher", "artifacts",
     )  # fmt: skip
     assert STATUSES == ("completed", "failed", "preempted")
-    assert LEDGER_PARTS == ("student_update", "teacher_scoring", "teacher_training", "rollout")
+    assert LEDGER_PARTS == ("student_update", "teacher_scoring", "teacher_training", "rollout", "prompt_prefill")
     assert LEDGER_FIELDS == ("flops", "tokens", "seconds")
 
 

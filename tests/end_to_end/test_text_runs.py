@@ -170,6 +170,35 @@ def test_traces_of_a_run_teach_the_next(run: Path, distill: Distill, tmp_path: P
     assert done.code == 0 and page.read_bytes() == before
 
 
+def test_a_mixture_of_stores_is_a_key_of_the_command(distill: Distill, tmp_path: Path) -> None:
+    """Two stores, three to one; the record says how many of each, and the same command takes the same."""
+    for seed, count in ((1, 30), (2, 10)):
+        asked = (
+            "task=sum8",
+            "task.num_terms=3",
+            "template=plain",
+            "source=reference",
+            f"data.problem_seed={seed}",
+            "threads=1",
+        )
+        done = distill("traces", *asked, f"data.num_problems={count}", f"store=of_{seed}", cwd=tmp_path)
+        assert done.code == 0, done.err
+    by_weight = "data.mixture=[{store: of_1, weight: 0.75, name: reasoning}, {store: of_2, weight: 0.25}]"
+    for folder in ("one", "two"):
+        options = (by_weight, "data.num_train=40", "data.batch_size=8", f"hydra.run.dir={folder}")
+        done = distill("train", *SMOKE, *options, cwd=tmp_path)
+        assert done.code == 0, done.err
+    one, two = (read_record(tmp_path / folder / "run.json") for folder in ("one", "two"))
+    assert one.data["fingerprint"] == two.data["fingerprint"] and one.metrics == two.metrics
+    told = one.data["summary"]
+    assert {name: of["traces"] for name, of in told["mixture"].items()} == {"reasoning": 30, "of_2": 10}
+    assert told["rows"]["train"] + told["dropped"]["train"].get("held_out", 0) == 40
+    refused = distill("train", *SMOKE, by_weight, "data.num_train=41", cwd=tmp_path).error
+    assert "which holds" in refused and "data.num_train=41; null takes as many as fit" in refused
+    both = distill("train", *SMOKE, by_weight, "data.store=of_1", cwd=tmp_path).error
+    assert both == "data.store is 'of_1' and data.mixture is set; give one of them"
+
+
 # -- killed -----------------------------------------------------------------------------------------------------------
 
 RESUMED = (

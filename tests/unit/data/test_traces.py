@@ -221,6 +221,118 @@ def test_a_byte_pair_tokenizer_is_trained_on_the_train_texts_alone(tmp_path: Pat
     assert text_of(one, one.documents("train")[0]) == text_of(make(), make().documents("train")[0])
 
 
+def test_a_document_s_index_is_its_own_and_leads_to_the_trace_it_was_made_of(tmp_path: Path) -> None:
+    """Three samples of each problem, one of them too long: the index of the problem would name three documents."""
+    traces = [replace(trace, sample=sample) for trace in references(5) for sample in range(3)]
+    traces[4] = replace(traces[4], chain="1" * 600)
+    data = make(store=str(write_store(tmp_path / "store", traces)), num_train=None)
+    indices = [document.index for document in data.documents("train")]
+    assert indices == [number for number in range(15) if number != 4]
+    found = [data.traces()[index] for index in indices]
+    assert [(trace.index, trace.sample) for trace in found] == [divmod(index, 3) for index in indices]
+    for document, trace in zip(data.documents("train"), found, strict=True):
+        assert text_of(data, document) == f"{trace.problem}={trace.chain}#{trace.answer}"
+    (batch,) = data.loader("train", batch_size=20)
+    assert batch.index_D.tolist() == indices
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_a_file_of_answers_alone_trains_answer_only(suffix: str, tmp_path: Path) -> None:
+    rows = [replace(trace, chain="") for trace in references()]
+    path = write_jsonl(tmp_path / f"traces.{suffix}", rows)
+    data = make(store=str(path), trace_format="answer_only")
+    assert [text_of(data, document) for document in data.documents("train")] == [
+        f"{t.problem}=#{t.answer}" for t in rows
+    ]
+    assert data.summary()["dropped"]["train"] == {}
+    with pytest.raises(ConfigError, match=r"none of the 30 rows .*30 empty_chain"):
+        make(store=str(path)).setup()
+
+
+# -- mixtures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[dict[str, Any]]:
+    """The stores "sums", of 24 traces of additions, and "rest", of 8 others."""
+    written = references(32)
+    return [
+        {"store": str(write_store(tmp_path / "sums", written[:24]))},
+        {"store": str(write_store(tmp_path / "rest", written[24:]))},
+    ]
+
+
+def mixed(parts: list[dict[str, Any]], *of: dict[str, Any], **changes: Any) -> TraceData:
+    given = [{**part, **more} for part, more in zip(parts, of, strict=True)]
+    return make(mixture=given, **{"num_train": None, **changes})
+
+
+def test_a_mixture_by_count_trains_on_so_many_of_each_store(parts: list[dict[str, Any]]) -> None:
+    data = mixed(parts, {"count": 10}, {"count": 6})
+    problems = {trace.problem: store for store, few in (("sums", slice(24)), ("rest", slice(24, 32)))
+                for trace in references(32)[few]}  # fmt: skip
+    found = [problems[text_of(data, document).partition("=")[0]] for document in data.documents("train")]
+    assert Counter(found) == {"sums": 10, "rest": 6} and found != sorted(found), "the stores interleave"
+    told = data.summary()
+    assert told["mixture"] == {"sums": {"traces": 10, "documents": 10}, "rest": {"traces": 6, "documents": 6}}
+    assert told["rows"]["train"] == 16 and told["store"] is None
+    assert "mixture" not in make().summary()
+
+
+@pytest.mark.parametrize(
+    ("weights", "num_train", "expected"), [((3, 1), None, (24, 8)), ((0.75, 0.25), 12, (9, 3)), ((1, 1), None, (8, 8))]
+)
+def test_a_mixture_by_weight_shares_num_train_out(
+    weights: tuple[float, float], num_train: int | None, expected: tuple[int, int], parts: list[dict[str, Any]]
+) -> None:
+    data = mixed(parts, *({"weight": weight} for weight in weights), num_train=num_train)
+    assert tuple(taken["traces"] for taken in data.summary()["mixture"].values()) == expected
+
+
+def test_the_mixture_seed_alone_decides_which_traces_are_taken(parts: list[dict[str, Any]]) -> None:
+    def served(**changes: Any) -> list[tuple[int, ...]]:
+        return [document.ids for document in mixed(parts, {"count": 8}, {"count": 4}, **changes).documents("train")]
+
+    assert served() == served(seed=4) == served(format_seed=1) != served(mixture_seed=1)
+    assert {*served()} != {*served(mixture_seed=1)}
+
+
+def test_what_a_mixture_loses_is_told_by_store(parts: list[dict[str, Any]]) -> None:
+    """One trace of the second store is of a problem that the test split poses."""
+    leaked = [reference_trace(make().problems("test")[0]), *references(32)[24:]]
+    folder = Path(parts[1]["store"]).with_name("leaky")
+    data = mixed([parts[0], {"store": str(write_store(folder, leaked))}], {"count": 4}, {"count": 9, "name": "web"})
+    told = data.summary()
+    assert told["mixture"] == {"sums": {"traces": 4, "documents": 4}, "web": {"traces": 9, "documents": 8}}
+    assert told["dropped"]["train"] == {"held_out": 1}
+    assert "mixture" not in data.with_traces(references(4), seed=1).summary()
+
+
+@pytest.mark.parametrize(
+    ("of", "changes", "told"),
+    [
+        (({"count": 10}, {"count": 9}), {}, "data.mixture: the mixture takes 9 traces of rest, which holds 8"),
+        (({"weight": 1}, {"weight": 1}), {"num_train": 20}, "or write more (the total is data.num_train=20;"),
+        (({"count": 10}, {"count": 8}), {"num_train": 17}, "takes 18 traces by count, and data.num_train is 17"),
+        (({"weight": 1}, {"weight": -1}), {}, "data.mixture: mixture[1].weight is -1; expected a number above 0"),
+        (({"weight": 1}, {"count": 1}), {}, "gives every store a count, or every store a weight"),
+        (({"weight": 1}, {"wight": 1}), {}, "unknown key mixture[1].wight; nearest valid: weight"),
+        (({"count": 1}, {"count": 1}), {"store": "elsewhere"}, "data.store is 'elsewhere' and data.mixture is set"),
+    ],
+)  # fmt: skip
+def test_mixtures_that_cannot_be_are_refused(
+    of: Any, changes: dict[str, Any], told: str, parts: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        mixed(parts, *of, **changes).setup()
+    assert told in str(error.value)
+
+
+def test_an_empty_mixture_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.mixture is empty; give \[\{store: FOLDER, weight: W\}, \.\.\]"):
+        make(mixture=[])
+
+
 # -- other traces, the same data --------------------------------------------------------------------------------------
 
 

@@ -103,7 +103,7 @@ def test_bad_arguments_are_refused_by_name():
         cross_entropy(rows(2, 4), torch.tensor([0, 1]), label_smoothing=1.0)
     with pytest.raises(TypeError, match="float32"):
         cross_entropy(rows(2, 4), torch.tensor([0.0, 1.0]))
-    with pytest.raises(ValueError, match=r"\(3,\).*\(2, 4\)"):
+    with pytest.raises(ValueError, match=r"\(3,\).*\(2,\)"):
         cross_entropy(rows(2, 4), torch.tensor([0, 1, 2]))
     with pytest.raises(TypeError, match=r"torch\.bool"):
         cross_entropy(rows(2, 4), torch.tensor([0, 1]), torch.tensor([1, 0]))

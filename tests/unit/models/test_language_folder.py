@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from research.errors import CheckpointError
+from research.models import language
 from research.models.build import build_network, describe, rebuild
 from research.models.language import LanguageModel
 from research.models.weights import (
     ARCHITECTURE_FILE,
+    SHARDS_FILE,
     WEIGHTS_FILE,
     load_weights,
     read_architecture,
@@ -110,6 +112,46 @@ def test_saving_again_leaves_nothing_of_what_was_there(tmp_path: Path) -> None:
     save_network(tmp_path, network(other), describe(other, **FACTS))
     assert [path.name for path in tmp_path.glob("*.safetensors")] == [WEIGHTS_FILE]
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.num_hidden_layers == 1
+
+
+@pytest.fixture
+def sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tied Llama of 30 KB whose folder was written where several files begin at 5 KB; one file was there before."""
+    told = description("llama", tie_embeddings=True)
+    assert language.SHARD_SIZE == "5GB"
+    save_network(tmp_path, network(description("llama")), describe(told, **FACTS))
+    assert not (tmp_path / SHARDS_FILE).exists(), "below 5 GB it is one file"
+    monkeypatch.setattr(language, "SHARD_SIZE", "5KB")
+    save_network(tmp_path, network(told), describe(told, **FACTS))
+    return tmp_path
+
+
+def test_a_large_model_leaves_in_several_files_and_comes_back(sharded: Path) -> None:
+    files = sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert len(files) > 2 and WEIGHTS_FILE not in files and (sharded / SHARDS_FILE).exists()
+    saved, told = network(description("llama", tie_embeddings=True)), read_architecture(sharded)
+    loaded = rebuild(told)
+    load_weights(loaded, sharded, told["sha256"])
+    assert weights_sha256(loaded) == weights_sha256(saved) == told["sha256"]
+    plain, report = AutoModelForCausalLM.from_pretrained(sharded, output_loading_info=True)
+    assert not report["missing_keys"] and torch.equal(plain.eval()(IDS).logits, logits_of(saved))
+    save_network(sharded, saved, told)
+    assert len([*sharded.glob("*.safetensors")]) == len(files), "written again, nothing of before is left"
+
+
+def test_p28_several_files_of_which_one_is_damaged_or_missing_are_refused(sharded: Path) -> None:
+    told, path = read_architecture(sharded), sorted(sharded.glob("*.safetensors"))[1]
+    content = path.read_bytes()
+    path.write_bytes(bytes([*content[:-3], content[-3] ^ 0x11, *content[-2:]]))
+    with pytest.raises(CheckpointError, match="do not hash to"):
+        load_weights(rebuild(told), sharded, told["sha256"])
+    path.unlink()
+    with pytest.raises(CheckpointError, match=rf"cannot read the weights .*{path.name}"):
+        load_weights(rebuild(told), sharded, told["sha256"])
+    for damaged in ("{", "[]", '{"weight_map": []}', "{}"):
+        (sharded / SHARDS_FILE).write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
+            load_weights(rebuild(told), sharded, told["sha256"])
 
 
 def test_p28_damaged_and_foreign_weights_are_refused(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_record_schema_is_frozen(tmp_path: Path) -> None:
     )  # fmt: skip
     assert expected == RECORD_KEYS
     assert tuple(json.loads(write_record(tmp_path / "run.json", RECORD).read_text())) == expected
-    assert LEDGER_PARTS == ("student_update", "teacher_scoring", "teacher_training", "rollout")
+    assert LEDGER_PARTS == ("student_update", "teacher_scoring", "teacher_training", "rollout", "prompt_prefill")
 
 
 def test_record_survives_the_round_trip(tmp_path: Path) -> None:

@@ -209,18 +209,25 @@ def test_requirements_may_live_elsewhere(workshop) -> None:
 def test_table_blanks_unmeasured_costs_p122(workshop) -> None:
     study = workshop.study()
     workshop.fill(study, {"hard": 40, "soft": 15})
-    parts = ("student_update", "teacher_scoring", "rollout", "teacher_training")
+    parts = ("student_update", "teacher_scoring", "rollout", "prompt_prefill", "teacher_training")
     ledger = {part: {"flops": 2e12, "tokens": 3.0, "seconds": 1.0} for part in parts}
     workshop.run("soft/seed=0", 0, 15, ledger={**ledger, "teacher_scoring": {"flops": None, "tokens": 3.0}})
-    workshop.run("hard/seed=0", 0, 40, ledger={part: ledger[part] for part in parts[:3]})
+    workshop.run("hard/seed=0", 0, 40, ledger={part: ledger[part] for part in parts[:4]})
+    workshop.run("hard/seed=1", 1, 40, ledger={part: ledger[part] for part in parts if part != "prompt_prefill"})
+    old = {part: ledger[part] for part in parts if part != "prompt_prefill"}
+    workshop.run("hard/seed=2", 2, 40, ledger=old, schema=1)
     collect(study, workshop.runs)
     build_report(study.path.parent)
     with (study.path.parent / "results.csv").open() as stream:
         rows = {(row["arm"], row["seed"]): row for row in csv.DictReader(stream)}
     soft, hard, full = rows["soft", "0"], rows["hard", "0"], rows["soft", "1"]
     assert (soft["teacher_scoring_flops"], soft["run_flops"], soft["charged_flops"]) == ("", "", "")
-    assert (soft["run_tokens"], soft["run_seconds"]) == ("9", "")
-    assert (hard["run_flops"], hard["charged_flops"], full["charged_flops"]) == ("6e+12", "", "4e+12")
+    assert (soft["run_tokens"], soft["run_seconds"]) == ("12", "")
+    assert (hard["run_flops"], hard["charged_flops"], full["charged_flops"]) == ("8e+12", "", "5e+12")
+    without, early = rows["hard", "1"], rows["hard", "2"]
+    assert (without["prompt_prefill_flops"], without["run_flops"], without["charged_flops"]) == ("", "", "")
+    # before prompts had a part of their own they were counted in the rollout
+    assert (early["prompt_prefill_flops"], early["run_flops"], early["charged_flops"]) == ("", "6e+12", "8e+12")
     lines = (study.path.parent / "README.md").read_text().splitlines()
     cells_of = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in lines if line[:2] == "| "
@@ -233,7 +240,21 @@ def test_csv_columns_keep_their_order(workshop) -> None:
     header = (folder / "results.csv").read_text().splitlines()[0].split(",")
     assert header[:6] == ["role", "arm", "seed", "status", "test/errors", "test/nll"]
     assert header[6:9] == ["student_update_flops", "student_update_tokens", "student_update_seconds"]
-    assert header[-1] == "seconds" and len(header) == len(set(header)) == 6 + 12 + 6 + 1
+    assert header[-1] == "seconds" and len(header) == len(set(header)) == 6 + 15 + 6 + 1
+
+
+def test_a_study_of_old_records_has_the_columns_it_had(workshop) -> None:
+    study = workshop.study()
+    workshop.fill(study, {"hard": 40, "soft": 15})
+    parts = ("student_update", "teacher_scoring", "rollout", "teacher_training")
+    ledger = {part: {"flops": 2e12, "tokens": 3.0, "seconds": 1.0} for part in parts}
+    for cell in cells(study):
+        workshop.run(cell.key, cell.seed, 20, ledger=ledger, schema=1)
+    workshop.run("requires/teacher", 0, 4, ledger=ledger, schema=1)
+    collect(study, workshop.runs)
+    build_report(study.path.parent)
+    header = (study.path.parent / "results.csv").read_text().splitlines()[0].split(",")
+    assert len(header) == 6 + 12 + 6 + 1 and not [name for name in header if "prefill" in name]
 
 
 def test_readme_keeps_what_people_wrote(workshop) -> None:

@@ -1,0 +1,66 @@
+"""What a run cost, line by line: the ledger of its record."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+from research.methods.base import AbstractMethod
+from research.results.record import LEDGER_FIELDS, LEDGER_PARTS
+
+Line = dict[str, float | None]
+Ledger = dict[str, Line]
+
+
+def nothing() -> Line:
+    """A line of what was not done: 0, which is not the None of what was not measured."""
+    return dict.fromkeys(LEDGER_FIELDS, 0.0)
+
+
+def ledger_of(method: AbstractMethod, seconds: float, *, is_text: bool) -> Ledger:
+    """Every part of one method's run: FLOPs, tokens (rows of what has none) and seconds, over all its fits.
+
+    seconds  wall time of these fits. Of a student's update it is what is left without rollouts, teacher and validation
+
+    The teacher's training is amortised by the reader, so it stands here whole, and None where no record says what it
+    cost.
+    """
+    teacher, rollout = method.teacher, method.rollout_cost
+    elsewhere = method.teacher_seconds + rollout.seconds + method.validation_seconds
+    ledger: Ledger = {
+        "student_update": {
+            "flops": method.update_flops,
+            "tokens": float(method.tokens_seen),
+            "seconds": seconds - elsewhere,
+        },
+        "rollout": rollout.rollout(),
+        "prompt_prefill": rollout.prefill(),
+        "teacher_scoring": nothing(),
+        "teacher_training": nothing(),
+    }
+    if teacher is not None and method.teacher_rows:
+        ledger["teacher_scoring"] = {
+            "flops": _known(method.teacher_flops + teacher.spent_flops()),
+            "tokens": float(method.teacher_tokens if is_text else method.teacher_rows),
+            "seconds": method.teacher_seconds,
+        }
+        ledger["teacher_training"] = {"flops": teacher.identity.training_flops, "tokens": None, "seconds": None}
+    return ledger
+
+
+def summed(ledgers: Iterable[Mapping[str, Mapping[str, float | None]]]) -> Ledger:
+    """Part by part and field by field; what one of them did not measure is not known of the sum."""
+    total: Ledger = {part: nothing() for part in LEDGER_PARTS}
+    for ledger in ledgers:
+        for part, line in total.items():
+            for name in LEDGER_FIELDS:
+                line[name] = added(line[name], ledger.get(part, {}).get(name))
+    return total
+
+
+def added(first: float | None, second: float | None) -> float | None:
+    """The sum; None where either is."""
+    return None if first is None or second is None else first + second
+
+
+def _known(flops: float) -> float | None:
+    """None for the NaN by which a teacher elsewhere says that nobody counts its FLOPs."""
+    return None if math.isnan(flops) else flops
