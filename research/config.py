@@ -22,6 +22,7 @@ from research.data.base import AbstractClassData
 from research.data.traces import TraceData
 from research.errors import ConfigError
 from research.methods.base import AbstractMethod, Training
+from research.methods.budget import Budget
 from research.models.build import DataFacts, build_network, describe
 from research.models.weights import check_state
 from research.seeding import seed_for
@@ -230,7 +231,13 @@ def expect_kind(made: Any, key: str, kind: type | tuple[type, ...]) -> Any:
 
 def _training(cfg: DictConfig, student: nn.Module, architecture: dict[str, Any]) -> Training:
     scheduler = make(cfg.scheduler, "scheduler") if plain(cfg.scheduler).get("_target_") else None
-    return Training(student, make(cfg.optimizer, "optimizer"), scheduler, architecture)
+    return Training(student, make(cfg.optimizer, "optimizer"), scheduler, architecture, build_budget(cfg))
+
+
+def build_budget(cfg: DictConfig) -> Budget | None:
+    """What the run may cost; None where nothing is limited."""
+    budget = Budget(**plain(cfg.get("budget")))
+    return budget if budget.limits else None
 
 
 def conf_dir() -> Path:

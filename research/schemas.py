@@ -20,6 +20,7 @@ SPLITS = ("train", "val", "test")
 WEIGHTS = ("last", "best")
 SOURCES = ("teacher", "reference", "file")
 MODEL_FORMATS = ("llama2c",)
+PREFLIGHTS = ("skip", "warn", "refuse")
 _NAME = re.compile(r"[\w.+-]+")
 
 
@@ -59,11 +60,23 @@ class EvaluationConfig:
 
 
 @dataclass
+class BudgetConfig:
+    """What a run may cost; the first limit that is reached ends it. See research.methods.budget.Budget."""
+
+    flops: float | None = None
+    tokens: float | None = None
+    seconds: float | None = None
+
+
+@dataclass
 class TrainConfig:
     """`distill train`. `name` names the output folder; `ckpt_path` is a file, or `last` for this folder's own.
 
     init_from         run folder (or checkpoint, or Hugging Face folder) whose weights the student begins with
     teacher_template  how the teacher was taught to be asked; none: like the student
+    checkpoint_steps  optimizer steps after which last.ckpt is written too; null: at the end of every epoch alone
+    preflight         before a language model learns from a teacher: skip, warn, or refuse what would be warned of too;
+                      on preflight_problems held-out problems, see research.evaluation.preflight
     """
 
     name: str = "train"
@@ -84,8 +97,12 @@ class TrainConfig:
     logger: Any = MISSING
     paths: PathsConfig = field(default_factory=PathsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     init_from: str | None = None
     ckpt_path: str | None = None
+    checkpoint_steps: int | None = None
+    preflight: str = "warn"
+    preflight_problems: int = 32
     monitor: str = "val/errors"
     compile: bool = False
     threads: int | None = None
@@ -177,7 +194,10 @@ class TracesConfig:
 
 @dataclass
 class EvaluateConfig:
-    """`distill evaluate run=FOLDER`. `data` overrides keys of the run's own data config."""
+    """`distill evaluate run=FOLDER`. `data` overrides keys of the run's own data config.
+
+    preflight  look at the run's student beside a teacher instead: `teacher`, else `reference`, else the run's own
+    """
 
     name: str = "evaluate"
     seed: int = 0
@@ -187,6 +207,9 @@ class EvaluateConfig:
     reference: str | None = None
     batch_size: int = 2000
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    preflight: bool = False
+    preflight_problems: int = 32
+    teacher: Any = MISSING
     paths: PathsConfig = field(default_factory=PathsConfig)
 
 
@@ -254,6 +277,7 @@ def check_root(cfg: DictConfig, command: str) -> None:
         )
     if command == "train":
         _check_evaluation(cfg.evaluation)
+        expect_one_of("preflight", cfg.preflight, PREFLIGHTS)
     if command in ("cache", "evaluate"):
         expect_one_of("split", cfg.split, SPLITS)
     if command == "convert":
@@ -261,7 +285,7 @@ def check_root(cfg: DictConfig, command: str) -> None:
     if command == "traces":
         expect_one_of("source", cfg.source, SOURCES)
         expect_one_of("data.split", cfg.data.split, SPLITS)
-    for key in ("batch_size", "threads", "shard_rows", "block_problems"):
+    for key in ("batch_size", "threads", "shard_rows", "block_problems", "checkpoint_steps", "preflight_problems"):
         _expect_positive(key, cfg.get(key))
 
 

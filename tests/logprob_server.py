@@ -130,7 +130,13 @@ def completions(server: LogprobServer, body: Any) -> dict[str, Any]:
         for number, ids in enumerate(prompts)
     ]
     usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": len(prompts)}
-    return {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": choices[::-1], "usage": usage}
+    return {
+        "id": "cmpl-1",
+        "object": "text_completion",
+        "model": body["model"],
+        "choices": choices[::-1],
+        "usage": usage,
+    }
 
 
 def prompt_logprobs(server: LogprobServer, ids: Sequence[int], num_kept: int) -> list[Any]:

@@ -6,20 +6,26 @@
   distill evaluate run=RUN +data.test_shift_pixels=2                the same images, moved
   distill evaluate run=RUN sampling.num_samples=16 sampling.sampling_temperature=0.8      text: pass@k and votes
   distill evaluate run=RUN +data.task.num_terms=8                   text: longer problems than it was trained on
+  distill evaluate run=RUN preflight=true                           text: the student beside the run's own teacher
+  distill evaluate run=RUN preflight=true reference=outputs/teacher/RUN      or beside another: do they fit?
+  distill evaluate run=RUN preflight=true teacher=served teacher.base_url=http://127.0.0.1:8000/v1 teacher.model=NAME
 
-The scores are printed and written beside the record, into `evaluation_<split>.json`.
+The scores are printed and written beside the record, into `evaluation_<split>.json`; a preflight into `preflight.json`.
 """
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
-GROUPS = ()
+GROUPS = ("teacher",)
 
 
 def task(cfg: DictConfig) -> float:
     """Evaluate one run folder; writes `evaluation_<split>[_<key>=<value>].json` there and returns the errors."""
     import json
     import re
-    from pathlib import Path
 
     from omegaconf import OmegaConf
 
@@ -28,7 +34,7 @@ def task(cfg: DictConfig) -> float:
     from research.errors import ConfigError
     from research.loops.scoring import Scores, class_scores, score_text
     from research.results.record import read_record
-    from research.teachers.load import frozen, load_network
+    from research.teachers.load import NETWORK_FOLDER, frozen, load_network
 
     if not cfg.run:
         raise ConfigError("run is not set; give the folder of a finished run: distill evaluate run=outputs/NAME/TIME")
@@ -39,8 +45,15 @@ def task(cfg: DictConfig) -> float:
     if record.status != "completed":
         raise ConfigError(f"the run {folder} is {record.status} ({record.reason}); only a completed run has a student")
     moved = flat_overrides(plain(cfg.data))
-    data = build_data(OmegaConf.create(record.config), moved)
+    home = folder / NETWORK_FOLDER
+    # the student's own tokenizer: one that was trained on a store would need the store, and texts that have not moved
+    own = {"tokenizer": str(home)} if (home / "tokenizer.json").exists() else {}
+    data = build_data(OmegaConf.create(record.config), {**own, **moved})
     student = load_network(folder, **data.facts()).network
+    if cfg.preflight:
+        return _preflight(cfg, record.config, student, data, folder)
+    if plain(cfg.teacher).get("_target_"):
+        raise ConfigError("teacher belongs to preflight=true; to compare with another network give reference=FOLDER")
     changes = "".join(f"_{key}={value}" for key, value in sorted(moved.items()) if key != "data_dir")
     changes = re.sub(r"[^\w.=,-]+", "-", changes)  # other data, another file
     if isinstance(data, TraceData):
@@ -64,3 +77,18 @@ def task(cfg: DictConfig) -> float:
         print(f"{name:40s} omitted: {reason}")
     print(f"written: {path}")
     return scores.metrics[f"{cfg.split}/errors"]
+
+
+def _preflight(cfg: DictConfig, config: Mapping[str, Any], student: Any, data: Any, folder: Path) -> float:
+    """Print what the preflight finds, write it into the run's folder, and return the number of warnings."""
+    from research.data.traces import TraceData
+    from research.errors import ConfigError
+    from research.sweeps.preflight_job import PREFLIGHT_FILE, preflight_of_run, refuse, write_report
+
+    if not isinstance(data, TraceData):
+        raise ConfigError("preflight=true looks at language models, and this run's data are classes; leave it out")
+    report = preflight_of_run(cfg, config, student, data)
+    write_report(folder / PREFLIGHT_FILE, report)
+    print("\n".join([*report.lines(), f"written: {folder / PREFLIGHT_FILE}"]))
+    refuse(report)
+    return float(len(report.of_level("warning")))

@@ -38,6 +38,7 @@ class PromptLoader(StepLoader[PromptBatch]):
             raise ValueError(f"num_stored={num_stored} with {len(stored)} stored rows: give both or neither")
         self._prompts, self._stored, self._num_stored = prompts, stored, num_stored
         self._repeats = steps_per_rollout
+        self._stored_order: tuple[int, list[int]] = (-1, [])  # the turn that was drawn last, and its order
         super().__init__(len(prompts), **schedule)
         if 0 < num_stored < self._parts:
             raise ValueError(
@@ -83,15 +84,10 @@ class PromptLoader(StepLoader[PromptBatch]):
         place = step * self._num_stored
         while len(chosen) < self._num_stored:
             turn, start = divmod(place, len(self._stored))
-            order = self._stored_order(turn)[start : start + self._num_stored - len(chosen)]
-            chosen += [self._stored[row] for row in order]
-            place += len(order)
+            if self._stored_order[0] != turn:
+                generator = rng_for(self.seed, "stored", turn)
+                self._stored_order = turn, torch.randperm(len(self._stored), generator=generator).tolist()
+            rows = self._stored_order[1][start : start + self._num_stored - len(chosen)]
+            chosen += [self._stored[row] for row in rows]
+            place += len(rows)
         return chosen
-
-    def _stored_order(self, turn: int) -> list[int]:
-        if self._last_turn[0] != turn:
-            generator = rng_for(self.seed, "stored", turn)
-            self._last_turn = turn, torch.randperm(len(self._stored), generator=generator).tolist()
-        return self._last_turn[1]
-
-    _last_turn: tuple[int, list[int]] = (-1, [])

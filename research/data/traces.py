@@ -240,7 +240,7 @@ class TraceData(L.LightningDataModule):
         Raises DataError where there is no problem at all, or none that can be asked.
         """
         if self._prompts is None:
-            self._prompts, refused = [], Counter[str]()
+            rows, refused = [], Counter[str]()
             for problem in self.problems("train"):
                 try:
                     ids = self.codec.prompt_ids(problem.text)
@@ -251,11 +251,14 @@ class TraceData(L.LightningDataModule):
                 if len(ids) >= self.max_tokens:
                     refused[TooLong.reason] += 1
                     continue
-                self._prompts.append(PromptRow(problem, tuple(ids), tuple(teacher_ids)))
-            self._refused_prompts = refused
-            if not self._prompts:
+                rows.append(PromptRow(problem, tuple(ids), tuple(teacher_ids)))
+            if not rows:
                 told = ", ".join(f"{count} {reason}" for reason, count in refused.items()) or "there is none"
-                raise DataError(f"no train problem of {self.task.name} can be posed: {told}; raise data.num_train")
+                raise DataError(
+                    f"no train problem of {self.task.name} can be posed ({told}): raise data.num_train or "
+                    "data.max_tokens, or take another template or tokenizer"
+                )
+            self._prompts, self._refused_prompts = rows, refused
         return self._prompts
 
     def stored_rows(self) -> list[StoredRow]:
@@ -297,7 +300,7 @@ class TraceData(L.LightningDataModule):
         if self.num_prompts:
             return PromptLoader(
                 self.prompts(),
-                batch_size=min(self.num_prompts, len(self.prompts())),
+                batch_size=self.num_prompts,
                 steps_per_rollout=self.steps_per_rollout,
                 stored=self.stored_rows() if self.num_stored else (),
                 num_stored=self.num_stored,
@@ -372,8 +375,8 @@ class TraceData(L.LightningDataModule):
                 raise ConfigError(
                     f"data.tokenizer is characters, but {self.task.name} has open text; give bpe or a pretrained folder"
                 )
-            written = getattr(self._template, "alphabet", "")
-            return build_tokenizer(kind, alphabet="".join(sorted({*self.task.alphabet, *written})))
+            written = (getattr(template, "alphabet", "") for template in (self._template, self._teacher_template))
+            return build_tokenizer(kind, alphabet="".join(sorted({*self.task.alphabet, *"".join(written)})))
         if kind == "bpe":
             texts = (f"{t.problem}\n{t.chain}\n{t.answer}" for t in self.traces())
             return build_tokenizer(kind, texts=texts, vocab_size=self._vocab_size)

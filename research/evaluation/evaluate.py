@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from research.evaluation.predictions import Predictions, Teacher, gather
 from research.losses.divergences import divergence, forward_kl, reverse_kl, total_variation
 from research.losses.logprobs import check_temperature
+from research.losses.signal_divergence import teacher_logits
 from research.losses.sparse import sparse_divergence
 from research.metrics.base import UndefinedMetric
 from research.metrics.calibration import EqualMassCalibrationError, ExpectedCalibrationError, confidence_and_right
@@ -27,7 +28,7 @@ from research.metrics.classification import (
 )
 from research.metrics.fidelity import AgreementAtK, CentredLogitMSE, ErrorCopying, MeanDivergence, WrongClassSpearman
 from research.metrics.temperature_scaling import cross_fitted_logits, fit_temperature
-from research.records import ClassBatch, DenseLogits, TeacherSignal, TopKLogprobs
+from research.records import ClassBatch, TeacherSignal, TopKLogprobs
 
 # The frozen surface. What each name means stands in the docstring of :func:`evaluate`.
 QUALITY_NAMES = (
@@ -183,10 +184,10 @@ def _add_teacher(sheet: _Sheet, predictions: Predictions, signal: TeacherSignal,
     sheet.add("teacher_errors", lambda: (teacher_N != label_N).sum())
     sheet.add_all({"agreement_at_1": AgreementAtK(1), "agreement_at_5": AgreementAtK(5)}, logits_NV, teacher_N)
     sheet.add_all({"error_copying": ErrorCopying()}, logits_NV, teacher_N, label_N)
-    if isinstance(signal, DenseLogits):
-        _add_dense_teacher(sheet, predictions, signal.logits_NV, temperature)
-    else:
+    if isinstance(signal, TopKLogprobs):
         _add_top_k_teacher(sheet, logits_NV, signal)
+    else:
+        _add_dense_teacher(sheet, predictions, teacher_logits(signal), temperature)
 
 
 def _add_dense_teacher(sheet: _Sheet, predictions: Predictions, teacher_NV: Tensor, temperature: float) -> None:
@@ -221,7 +222,7 @@ def _add_top_k_teacher(sheet: _Sheet, logits_NV: Tensor, signal: TopKLogprobs) -
 
 def teacher_prediction(signal: TeacherSignal) -> Tensor:
     """The teacher's argmax per row, int64 [N]; of a top-k signal the first kept class, its logprobs being in order."""
-    return signal.logits_NV.argmax(dim=-1) if isinstance(signal, DenseLogits) else signal.ids_NK[:, 0]
+    return signal.ids_NK[:, 0] if isinstance(signal, TopKLogprobs) else teacher_logits(signal).argmax(dim=-1)
 
 
 def _items(predictions: Predictions, signal: TeacherSignal | None) -> dict[str, np.ndarray]:

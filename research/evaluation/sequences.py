@@ -37,6 +37,7 @@ SEQUENCE_ITEM_COLUMNS = (
     "num_steps", "num_valid", "outcome", "level",
 )  # fmt: skip
 VOTED_ITEM_COLUMNS = ("index", "label", "prediction", "num_samples", "num_right", "answer", "gold", "level")
+SAMPLED_ITEM_COLUMNS = ("num_samples", "num_right")  # beside a greedy answer: pass@k follows from them
 SAMPLE_COLUMNS = (
     "index", "sample", "verdict", "answer", "completion", "tokens", "stop", "chain_valid", "num_steps", "num_valid",
     "outcome",

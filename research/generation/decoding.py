@@ -28,19 +28,26 @@ class LiveBatch:
               the last column, under an attention mask and with positions that start at the prompt's first token.
               Prompts of one length need no mask and get none
     capacity  most tokens that will be fed after the prompts
+    vocab_size   tokens that may be drawn; the rows of the head above it are padding. None: all rows
     """
 
     logits_BV: Tensor
 
     def __init__(
-        self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int, capacity: int, device: torch.device
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        pad_id: int,
+        capacity: int,
+        device: torch.device,
+        vocab_size: int | None = None,
     ) -> None:
         from transformers import DynamicCache
 
         width = max(len(ids) for ids in prompts)
         ids_BT = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
         pads_B = torch.tensor([width - len(ids) for ids in prompts], device=device)
-        self._model = model
+        self._model, self._vocab_size = model, vocab_size
         self._cache = DynamicCache(config=model.config)
         self._visible_BT: Tensor | None = None
         if len({len(ids) for ids in prompts}) > 1:
@@ -73,7 +80,7 @@ class LiveBatch:
             use_cache=True,
             logits_to_keep=1,
         )
-        self.logits_BV = output.logits[:, -1]
+        self.logits_BV = output.logits[:, -1, : self._vocab_size]
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ class LocalGenerator(AbstractGenerator):
     batch_rows  completions that grow together. It changes speed and memory; completions only by rounding
     device      where to move the model; None: where it is
     dtype       float32, bfloat16 or float16: to round the weights to while a batch grows; None: as they are
+    vocab_size  tokens that may be drawn, where the head is padded with rows that stand for none; None: all rows
 
     Every completion draws from its own stream of (seed, prompt's index, sample number): neither the other prompts nor
     their order nor ``batch_rows`` change it, and a larger ``max_new_tokens`` only goes on where a smaller one stopped.
@@ -56,6 +57,7 @@ class LocalGenerator(AbstractGenerator):
         batch_rows: int = 256,
         device: str | None = None,
         dtype: str | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         if batch_rows < 1:
             raise ConfigError(f"generator.batch_rows is {batch_rows}; expected at least 1")
@@ -66,7 +68,7 @@ class LocalGenerator(AbstractGenerator):
         self._decode_ids = tokenizer.decode
         self._eos_ids = frozenset(_eos_ids_of(tokenizer) if eos_ids is None else eos_ids)
         self._pad_id = _pad_id_of(tokenizer, self._eos_ids) if pad_id is None else pad_id
-        self._batch_rows = batch_rows
+        self._batch_rows, self._vocab_size = batch_rows, vocab_size
         self._dtype = None if dtype is None else DTYPES[dtype]
         self._flops = DecoderFlops.of(self._model)
         self._context = getattr(self._model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -114,7 +116,8 @@ class LocalGenerator(AbstractGenerator):
         limits = [self._limit(prompt, sampling) for prompt, _ in rows]
         device = next(self._model.parameters()).device
         with eval_mode(self._network), parameters_as(self._model, self._dtype), torch.no_grad():
-            batch = LiveBatch(self._model, [prompt.ids for prompt in prompts], self._pad_id, max(limits), device)
+            ids = [prompt.ids for prompt in prompts]
+            batch = LiveBatch(self._model, ids, self._pad_id, max(limits), device, self._vocab_size)
             _finish_work(device)
             prompt_seconds = time.perf_counter() - started
             uniform_BT = None if sampling.temperature == 0 else _uniforms(rows, sampling).to(device)

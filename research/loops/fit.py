@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import signal
 import time
@@ -99,11 +100,14 @@ def handled(handlers: Mapping[signal.Signals, Callable[[int, FrameType | None], 
 class KeepLast(ModelCheckpoint):
     """`last.ckpt`, written at the end of every epoch and on an exception, so that a run can always go on.
 
+    every_n_steps   written after so many optimizer steps too, when the next one begins: what a step brings with it, a
+                    validation for one, is done by then. None: not within an epoch
+
     Weights that are not finite never replace it: there is no going on from them. Nor does an exception before the first
     step, when a checkpoint that is resumed may be half loaded.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, every_n_steps: int | None = None) -> None:
         super().__init__(
             dirpath=folder,
             filename="last",
@@ -114,25 +118,40 @@ class KeepLast(ModelCheckpoint):
             enable_version_counter=False,
         )
         self._is_training = False
+        self._path, self._every_n_steps, self._saved_step = folder / LAST, every_n_steps, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._is_training = True
+        self._is_training, self._saved_step = True, trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        step, loop = trainer.global_step, trainer.fit_loop.epoch_loop
+        begins_step = batch_idx > 0 and batch_idx % trainer.accumulate_grad_batches == 0
+        if self._every_n_steps is None or not begins_step or step % self._every_n_steps or step == self._saved_step:
+            return
+        self._saved_step = step
+        if is_finite(pl_module):
+            # a resumed loop counts this step for its loggers once more
+            loop._batches_that_stepped -= 1
+            trainer.save_checkpoint(self._path)
+            loop._batches_that_stepped += 1
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._is_training and is_finite(pl_module):
             super().on_exception(trainer, pl_module, exception)
 
 
-def checkpoint_callbacks(folder: Path, monitor: str, has_val: bool) -> list[Callback]:
-    """`last.ckpt` always; `best.ckpt`, lowest `monitor`, where there is a validation split to select on."""
-    callbacks: list[Callback] = [KeepLast(folder)]
+def checkpoint_callbacks(folder: Path, monitor: str, has_val: bool, every_n_steps: int | None = None) -> list[Callback]:
+    """`last.ckpt` always; `best.ckpt`, lowest `monitor` (an accuracy: highest), where there is a validation split."""
+    callbacks: list[Callback] = [KeepLast(folder, every_n_steps)]
     if has_val:
         best = ModelCheckpoint(
             dirpath=folder,
             filename="best",
             monitor=monitor,
-            mode="min",
+            mode="max" if monitor.endswith("accuracy") else "min",
             save_top_k=1,
             auto_insert_metric_name=False,
             enable_version_counter=False,
@@ -218,10 +237,19 @@ class ReportProgress(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            told = {"step": trainer.global_step, "total_steps": int(trainer.estimated_stepping_batches)}
+            told = {"step": trainer.global_step, "total_steps": _total_steps(trainer, pl_module)}
             partial = self._path.with_suffix(".partial")
             partial.write_text(json.dumps(told))
             os.replace(partial, self._path)  # whoever reads it finds one state or the next, never half of one
+
+
+def _total_steps(trainer: L.Trainer, method: L.LightningModule) -> int:
+    """Of the whole fit; where a budget ends it, as many as it would pay for at the price so far."""
+    steps = float(trainer.estimated_stepping_batches)
+    fraction = method.budget_fraction() if isinstance(method, AbstractMethod) else 0.0
+    if fraction > 0:
+        steps = min(steps, trainer.global_step / min(1.0, fraction))
+    return round(steps) if math.isfinite(steps) else 0
 
 
 def profiler_into(run_dir: Path, kind: str) -> SimpleProfiler | AdvancedProfiler:

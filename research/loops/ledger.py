@@ -48,11 +48,16 @@ def ledger_of(method: AbstractMethod, seconds: float, *, is_text: bool) -> Ledge
 
 def summed(ledgers: Iterable[Mapping[str, Mapping[str, float | None]]]) -> Ledger:
     """Part by part and field by field; what one of them did not measure is not known of the sum."""
-    total: Ledger = {part: nothing() for part in LEDGER_PARTS}
-    for ledger in ledgers:
-        for part, line in total.items():
-            for name in LEDGER_FIELDS:
-                line[name] = added(line[name], ledger.get(part, {}).get(name))
+    given = list(ledgers)
+    return {part: sum_lines(ledger.get(part, {}) for ledger in given) for part in LEDGER_PARTS}
+
+
+def sum_lines(lines: Iterable[Mapping[str, float | None]]) -> Line:
+    """Field by field; 0 where there is no line, None where one of them has none of that field."""
+    total = nothing()
+    for line in lines:
+        for name in LEDGER_FIELDS:
+            total[name] = added(total[name], line.get(name))
     return total
 
 

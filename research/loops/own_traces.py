@@ -159,7 +159,7 @@ class OwnTraces:
         )
         after = _spent(generator)
         cost = None if before is None or after is None else after - before
-        costs = {} if cost is None else {"flops": cost.flops, "prefill": cost.prefill()}
+        costs: dict[str, Any] = {} if cost is None else {"flops": cost.flops, "prefill": cost.prefill()}
         writer.write(rows, tally, time.perf_counter() - started, **costs)
 
     def _rows(self, problem: Problem, completions: Sequence[Completion], of: str) -> list[StoredTrace]:

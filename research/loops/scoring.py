@@ -11,9 +11,9 @@ from torch import nn
 from research.data.base import AbstractClassData
 from research.data.traces import TraceData
 from research.evaluation.bias import evaluate_with_bias
-from research.evaluation.completions import write_samples
+from research.evaluation.completions import Columns, write_samples
 from research.evaluation.evaluate import evaluate
-from research.evaluation.sequences import SequenceEvaluation, evaluate_sequences, is_sampled
+from research.evaluation.sequences import SAMPLED_ITEM_COLUMNS, SequenceEvaluation, evaluate_sequences, is_sampled
 from research.evaluation.token_loss import evaluate_tokens
 from research.generation.in_process import LocalGenerator
 from research.records import Sampling
@@ -90,11 +90,13 @@ def score_text(
     """What the student writes to the problems of each split, greedily and, where asked, sampled; and its token loss.
 
     A variant's problems are posed through the student's own codec: another task or other levels, the same language.
+    The items are those of the greedy answers; where problems are sampled too, each with its SAMPLED_ITEM_COLUMNS.
     """
     scores = Scores()
     scored: list[tuple[str, TraceData, Split]] = [(split, data, split) for split in options["splits"]]
     scored += [(f"test_{name}", other, "test") for name, other in variants.items()]
     for name, source, split in scored:
+        items: Columns = {}
         for sampling in samplings(options, data, seed):
             result = write_and_grade(student, data, source, split, sampling, name)
             scores.metrics |= result.metrics
@@ -102,8 +104,10 @@ def score_text(
             if is_sampled(sampling):
                 path = write_samples(run_dir / f"samples_{name}.parquet", result.samples, sampling)
                 scores.artifacts[f"samples/{name}"] = path.name
+                items |= {column: result.items[column] for column in SAMPLED_ITEM_COLUMNS}
             else:
-                scores.artifacts[f"items/{name}"] = write_items(run_dir / f"items_{name}.parquet", result.items).name
+                items = dict(result.items)
+        scores.artifacts[f"items/{name}"] = write_items(run_dir / f"items_{name}.parquet", items).name
     for name, source, split in scored:
         if source is data and data.documents(split):
             scores.metrics |= evaluate_tokens(student, data.loader(split, batch_size=256), split=name).metrics

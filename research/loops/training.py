@@ -4,7 +4,7 @@ import datetime as dt
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 
 from research.data.traces import TraceData
 from research.errors import ConfigError, Preempted
+from research.loops.budget_stop import BudgetStop
 from research.loops.fit import (
     BEST,
     CHECKPOINTS,
@@ -26,7 +27,7 @@ from research.loops.fit import (
 )
 from research.loops.ledger import Ledger, ledger_of
 from research.loops.scoring import DataModule, Scores, score_classes, score_text
-from research.loops.validation_answers import ValidationAnswers
+from research.loops.validation_answers import ANSWER_METRICS, ValidationAnswers
 from research.methods.base import AbstractMethod
 from research.models.weights import count_parameters, save_network, save_tokenizer, weights_sha256, write_model_card
 from research.results.record import RunRecord, collect_versions, git_revision, hardware, write_record
@@ -42,10 +43,12 @@ class FitLoop(Protocol):
 
     metrics   of the loop's own stages, beside those of the final student
     ledger    lines of the record's ledger that stand in the place of the method's own
+    scores    of the final student, where the loop has them already; None: it is scored as after one fit
     """
 
     metrics: dict[str, float]
     ledger: Ledger
+    scores: Scores | None
 
     def run(self, method: AbstractMethod, interrupt: StopOnInterrupt, run_dir: Path) -> FitOutcome: ...
 
@@ -75,6 +78,7 @@ class TrainingRun:
         self.started_at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
         self.started = time.perf_counter()
         self._accelerator: str | None = None
+        self._budget_stop: BudgetStop | None = None
 
     # -- the steps ----------------------------------------------------------------------------------------------------
 
@@ -84,7 +88,7 @@ class TrainingRun:
         if options.get("fast_dev_run"):
             return [interrupt]
         has_val = self.data.has_val and options.get("limit_val_batches") != 0
-        monitor, known = self.config["monitor"], self.method.validation_metrics
+        monitor, known = self.config["monitor"], self._measured()
         if has_val and monitor not in known:
             raise ConfigError(
                 f"monitor is {monitor!r}; on the validation split this method measures {', '.join(known)}"
@@ -93,8 +97,18 @@ class TrainingRun:
             raise ConfigError(
                 "evaluation.weights=best selects on a validation split; there is none (data.holdout=0 or num_val=0)"
             )
-        saved = checkpoint_callbacks(self.run_dir / CHECKPOINTS, monitor, has_val)
-        return [*self._validation_answers(has_val), *saved, interrupt]
+        every = self.config.get("checkpoint_steps")
+        saved = checkpoint_callbacks(self.run_dir / CHECKPOINTS, monitor, has_val, every)
+        budget = self.method.budget
+        self._budget_stop = None if budget is None else BudgetStop(budget)
+        stop = [] if self._budget_stop is None else [self._budget_stop]
+        return [*stop, *self._validation_answers(has_val), *saved, interrupt]
+
+    def _measured(self) -> tuple[str, ...]:
+        """What is measured on the validation split; of answers only where problems are answered there."""
+        known = self.method.validation_metrics
+        answers_none = isinstance(self.data, TraceData) and not self.config["evaluation"]["val_problems"]
+        return tuple(name for name in known if not (answers_none and name in ANSWER_METRICS))
 
     def _validation_answers(self, has_val: bool) -> list[Callback]:
         """What answers validation problems while the student is trained, where the config asks for it."""
@@ -123,10 +137,10 @@ class TrainingRun:
         self._accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         try:
             with stopped_by_signals(f"outside the fit (run folder {self.run_dir})"):
-                resume = resume_path(self.config["ckpt_path"], self.run_dir)
                 # dropout follows the seed, whatever was drawn before in this process
                 torch.manual_seed(seed_for(self.config["seed"], "training", trainer.global_rank))
                 if self.loop is None:
+                    resume = resume_path(self.config["ckpt_path"], self.run_dir)
                     outcome = fit(trainer, self.method, self.data, interrupt, resume)
                 else:
                     outcome = self.loop.run(self.method, interrupt, self.run_dir)
@@ -154,7 +168,8 @@ class TrainingRun:
         student_sha256 = save_network(folder, self.method.student, self.architecture)
         if isinstance(self.data, TraceData):
             save_tokenizer(folder, self.data.codec.tokenizer)
-        scores = self._score(trainer.strategy.root_device)
+        scores = None if self.loop is None else self.loop.scores
+        scores = scores or self._score(trainer.strategy.root_device)
         metrics, artifacts = scores.metrics, {"student": NETWORK_FOLDER, **scores.artifacts}
         metrics |= {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         for callback in trainer.checkpoint_callbacks:
@@ -162,6 +177,9 @@ class TrainingRun:
             if monitor is not None and score is not None:
                 metrics[f"{monitor}_best"] = float(score)
         metrics |= {} if self.loop is None else self.loop.metrics
+        if self._budget_stop is not None:
+            metrics |= self._budget_stop.metrics
+            outcome = replace(outcome, reason=self._budget_stop.reason)
         record = self._write(outcome, metrics, artifacts, student_sha256)
         if isinstance(self.data, TraceData):
             write_model_card(folder, asdict(record))

@@ -9,9 +9,12 @@ from research.data.traces import TraceData
 from research.errors import ConfigError
 from research.evaluation.completions import write_completions
 from research.generation.in_process import LocalGenerator
+from research.methods.rollouts import sum_over_ranks
 from research.records import Problem, Sampling
 from research.seeding import seed_for
 from research.tasks.grading import Grader
+
+ANSWER_METRICS = ("val/accuracy", "val/errors")
 
 
 class ValidationAnswers(Callback):
@@ -22,8 +25,8 @@ class ValidationAnswers(Callback):
     num_samples   further answers to each, drawn at temperature 1 from streams of their own; 0: greedy alone
     max_new_tokens   length limit of an answer
 
-    Nothing is drawn from the run's own random numbers, and the student comes back in the modes it was in. On several
-    devices every rank answers the same, and the first rank's figures count.
+    Nothing is drawn from the run's own random numbers, and the student comes back in the modes it was in. Several
+    devices share the problems.
 
     Raises ConfigError for numbers without meaning.
     """
@@ -43,18 +46,22 @@ class ValidationAnswers(Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         problems = self._data.problems("val")[: self._num_problems]
         module: Any = pl_module
-        options: dict[str, Any] = {"rank_zero_only": True, "batch_size": len(problems)}
+        mine = problems[trainer.global_rank :: trainer.world_size]
+        options: dict[str, Any] = {"sync_dist": True, "batch_size": len(problems)}  # the same on every rank
         for name, sampling in self._samplings.items():
-            accuracy = self._accuracy(module.student, problems, sampling)
-            pl_module.log(name, accuracy, **options)
+            right, answers = sum_over_ranks(self._right(module.student, mine, sampling) if mine else (0, 0))
+            pl_module.log(name, right / answers, **options)
             if name == "val/accuracy":
-                pl_module.log("val/errors", float(round((1 - accuracy) * len(problems))), **options)
+                pl_module.log("val/errors", answers - right, **options)
 
-    def _accuracy(self, student: Any, problems: list[Problem], sampling: Sampling) -> float:
+    def _right(self, student: Any, problems: list[Problem], sampling: Sampling) -> tuple[int, int]:
+        """How many answers are right, and of how many."""
         data, codec = self._data, self._data.codec
         grader = Grader(data.task, codec.template, codec.layout)
-        generator = LocalGenerator(student, codec.tokenizer, eos_ids=codec.eos_ids, pad_id=codec.pad_id)
+        generator = LocalGenerator(
+            student, codec.tokenizer, eos_ids=codec.eos_ids, pad_id=codec.pad_id, vocab_size=codec.vocab_size
+        )
         texts = {problem.index: problem.text for problem in problems}
         written = write_completions(generator, codec, codec.template, texts, sampling)
         graded = [grader.grade(problem, one) for problem in problems for one in written[problem.index]]
-        return sum(grade.correct for grade in graded) / len(graded)
+        return sum(grade.correct for grade in graded), len(graded)

@@ -71,6 +71,8 @@ def linear_divergence(
     """
     weights = divergence_weights(divergence, teacher_mixture_weight=teacher_mixture_weight, skew_weight=skew_weight)
     check_temperature(temperature)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows={chunk_rows}: expected at least 1, or None")
     student, signal = on_shared_classes(student, signal, num_classes)
     check_same_rows(student, signal)
     mask_N = _checked_mask(student, loss_mask_N)
@@ -126,9 +128,7 @@ def linear_cross_entropy(
 
 
 def check_same_rows(student: HiddenProjection, signal: TeacherSignal) -> None:
-    """Raise ValueError unless the teacher has one row for each of the student's positions, TypeError on no signal."""
-    if not isinstance(signal, DenseLogits | HiddenProjection | TopKLogprobs):
-        raise TypeError(f"a teacher signal of type {type(signal).__name__}: expected one of research.records")
+    """Raise ValueError unless the teacher has one row for each of the student's positions."""
     rows = student.hidden_ND.shape[:-1]
     if isinstance(signal, TopKLogprobs):
         kept = signal.ids_NK.shape[-1]
@@ -159,20 +159,22 @@ def _plan(
 ) -> Plan:
     tensors = (student.hidden_ND, student.weight_VD, student.bias_V)
     grad = torch.is_grad_enabled()
+    if chunk_rows is None:
+        chunk_rows = automatic_chunk_rows(student.num_classes, student.weight_VD.device)
     return Plan(
         objective=objective,
         softcap=student.softcap,
         temperature=temperature,
         scale=scale,
-        chunk_rows=automatic_chunk_rows(student) if chunk_rows is None else chunk_rows,
+        chunk_rows=chunk_rows,
         wide_head=wide_head,
         needs=tuple(grad and tensor is not None and tensor.requires_grad for tensor in tensors),  # type: ignore[arg-type]
     )
 
 
-def automatic_chunk_rows(student: HiddenProjection) -> int:
+def automatic_chunk_rows(num_classes: int, device: torch.device) -> int:
     """A power of two of rows, so that a chunk's logits neither starve the products nor fill the memory."""
-    most = CHUNK_LOGITS.get(student.weight_VD.device.type, CHUNK_LOGITS_ELSEWHERE) // student.num_classes
+    most = CHUNK_LOGITS.get(device.type, CHUNK_LOGITS_ELSEWHERE) // num_classes
     return min(max(1 << most.bit_length() - 1 if most else 1, FEWEST_CHUNK_ROWS), MOST_CHUNK_ROWS)
 
 

@@ -80,8 +80,9 @@ class _ChunkedTotal(torch.autograd.Function):
         if gradients is None:
             hidden_ND, weight_VD, bias_V = ctx.saved_tensors
             _, gradients = _passed(hidden_ND, weight_VD, bias_V, ctx.plan)
+        factor = grad_output * (ctx.plan.scale / ctx.plan.temperature)
         given = (
-            None if gradient is None else gradient.mul_(grad_output).to(tensor.dtype)
+            None if gradient is None else gradient.mul_(factor).to(tensor.dtype)
             for gradient, tensor in zip(gradients, ctx.saved_tensors, strict=True)
         )
         return (*given, None)
@@ -126,11 +127,12 @@ def _differentiated(logits_NV: Tensor, block: slice, block_of: Block, plan: Plan
 class _Gradients:
     """Gradients in the student's tensors, filled chunk by chunk from those in its logits.
 
-    Constants, the scale and one over the temperature, stay out of the logits' buffer, whose precision may be half.
+    Those are of the plain value in the tempered logits; the backward pass puts in its own factor, the plan's scale and
+    one over the temperature, all at once.
     """
 
     def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, plan: Plan) -> None:
-        self._hidden_ND, self._weight_VD, self._factor = hidden_ND, weight_VD, plan.scale / plan.temperature
+        self._hidden_ND, self._weight_VD = hidden_ND, weight_VD
         for_hidden, for_weight, for_bias = plan.needs
         wide = working_dtype(weight_VD)
         narrow = weight_VD.dtype != wide
@@ -144,21 +146,19 @@ class _Gradients:
         if self._in_hidden is not None:
             torch.mm(gradient_NV, self._weight_VD, out=self._in_hidden[chunk])
         if self._in_weight is not None:
-            self._add_to_head(gradient_NV, self._hidden_ND[chunk])
+            self._add_to_head(self._in_weight, gradient_NV, self._hidden_ND[chunk])
         if self._in_bias is not None:
             self._in_bias += gradient_NV.sum(0, dtype=self._in_bias.dtype)
 
-    def _add_to_head(self, gradient_NV: Tensor, hidden_ND: Tensor) -> None:
-        assert self._in_weight is not None
+    def _add_to_head(self, sum_VD: Tensor, gradient_NV: Tensor, hidden_ND: Tensor) -> None:
         if not self._wide:
-            self._in_weight.addmm_(gradient_NV.T, hidden_ND)
+            sum_VD.addmm_(gradient_NV.T, hidden_ND)
             return
-        for part in spans(self._in_weight.shape[0], HEAD_SLICE):
-            self._in_weight[part] += torch.mm(gradient_NV[:, part].T, hidden_ND)
+        for part in spans(sum_VD.shape[0], HEAD_SLICE):
+            sum_VD[part] += torch.mm(gradient_NV[:, part].T, hidden_ND)
 
     def all(self) -> tuple[Tensor | None, ...]:
-        found = (self._in_hidden, self._in_weight, self._in_bias)
-        return tuple(None if gradient is None else gradient.mul_(self._factor) for gradient in found)
+        return (self._in_hidden, self._in_weight, self._in_bias)
 
 
 def product(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, buffer_CV: Tensor) -> Tensor:

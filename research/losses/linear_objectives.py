@@ -1,5 +1,6 @@
 """What chunks of the student's logits are compared with: a teacher's signal, or true classes."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class Divergence:
 
     def begin(self, chunk_rows: int) -> Callable[[slice], Block]:
         if isinstance(self.signal, TopKLogprobs):
-            return self._top_k_chunk
+            return functools.partial(self._top_k_chunk, self.signal)
         form = form_of(self.name, self.weights)
         form = compiled_form(form) if self.compiled and form is not None else form
         logits_of = _chunk_logits(self.signal, self.places_N, chunk_rows)
@@ -58,9 +59,7 @@ class Divergence:
             teacher_NV = teacher_NV / self.temperature
         return value_and_gradient(self.name, student_NV, teacher_NV, self.weights, form)
 
-    def _top_k_chunk(self, rows: slice) -> Block:
-        signal = self.signal
-        assert isinstance(signal, TopKLogprobs)
+    def _top_k_chunk(self, signal: TopKLogprobs, rows: slice) -> Block:
         part = TopKLogprobs(
             signal.ids_NK[rows].long(), signal.logprobs_NK[rows], signal.tail_logprob_N[rows], signal.num_classes
         )

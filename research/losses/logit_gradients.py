@@ -2,8 +2,9 @@
 
 The definitions are in ``logprob_divergences.py``; ``tests/unit/losses/test_logit_gradients.py`` pins every form here to
 them. ``p`` is the teacher, ``q`` the student, both at the temperature already; a form takes logits and returns the
-value of each row and ``d value / d logit``. Ratios are kept as ``log_ratio = log(p / q)``, from the logits themselves,
-and no probability is divided by another: nothing overflows where one of them vanishes.
+value of each row and ``d value / d logit``. Ratios are kept as ``log_ratio = log(p / q)``, from the logits themselves:
+nothing overflows where a probability vanishes. In float32 a value is within 3e-7 nats of the definition's, and exactly 0
+where both sides' logits are the same numbers.
 
 A row with a logit of ``-inf`` (a class that does not exist) and a divergence without a form of its own are
 differentiated by autograd through the definition.
@@ -59,11 +60,15 @@ def softmax_and_norm(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _probs_and_log_ratio(student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``q``, ``p`` and ``log(p / q)``."""
-    student_probs_NV, student_norm_N1 = softmax_and_norm(student_NV)
-    teacher_probs_NV, teacher_norm_N1 = softmax_and_norm(teacher_NV)
-    log_ratio_NV = (teacher_NV - student_NV).sub_(teacher_norm_N1 - student_norm_N1)
-    return student_probs_NV, teacher_probs_NV, log_ratio_NV
+    """``q``, ``p`` and ``log(p / q)``.
+
+    The two normalisers, large numbers that nearly agree, enter by their difference alone: the largest logits, less the
+    logs of their probabilities, which divided by one another are near 1. So the ratio is good to a few units of 1e-7.
+    """
+    student_probs_NV, teacher_probs_NV = torch.softmax(student_NV, dim=-1), torch.softmax(teacher_NV, dim=-1)
+    norms_N1 = teacher_NV.amax(-1, keepdim=True) - student_NV.amax(-1, keepdim=True)
+    norms_N1 -= (teacher_probs_NV.amax(-1, keepdim=True) / student_probs_NV.amax(-1, keepdim=True)).log_()
+    return student_probs_NV, teacher_probs_NV, (teacher_NV - student_NV).sub_(norms_N1)
 
 
 def _forward_form(student_NV: Tensor, teacher_NV: Tensor, *_: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Objectives on tokens that the student drew itself: what an advantage or a teacher's opinion does to their probability.
+"""Objectives on tokens that the student drew itself: what an advantage, or a teacher, does to their probability.
 
 Everything here works place by place, on natural-log probabilities of the tokens that were drawn: ``logprob_N`` of the
 student as it is now (with gradient), ``sampler_logprob_N`` of the policy they were drawn from. The functions return
@@ -9,6 +9,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from research.losses.logprobs import working_dtype
 
 CREDITS = ("token", "sequence")
 KL_ESTIMATORS = ("k2", "k3")
@@ -33,16 +35,28 @@ def clipped_surrogate(
     return -torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N)
 
 
+def clipped_share(
+    logprob_N: Tensor, sampler_logprob_N: Tensor, advantage_N: Tensor, *, clip_low: float, clip_high: float
+) -> float:
+    """Share of places at which :func:`clipped_surrogate` has no gradient because its ratio went beyond the bound."""
+    ratio_N = (logprob_N.detach() - sampler_logprob_N).exp()
+    beyond_N = ((advantage_N > 0) & (ratio_N > 1 + clip_high)) | ((advantage_N < 0) & (ratio_N < 1 - clip_low))
+    return float(beyond_N.float().mean())
+
+
 def teacher_advantage(
-    sampler_logprob_BT: Tensor, teacher_logprob_BT: Tensor, mask_BT: Tensor, *, credit: str, bound: float = math.inf
+    logprob_BT: Tensor, teacher_logprob_BT: Tensor, mask_BT: Tensor, *, credit: str, bound: float = math.inf
 ) -> Tensor:
     """``log p - log q`` of every drawn token, or of it and all that follow it: minus the sampled reverse KL, [B, T].
 
-    With :func:`clipped_surrogate` at ``r = 1`` the expected gradient is, under
+    ``logprob_BT`` is of the student as it is now, not of the sampler: the advantage is then 0 where the student has
+    become the teacher, however old the samples. With :func:`clipped_surrogate`, unclipped, the expected gradient is,
+    under
 
-    token      the sum over places of the gradient of KL(student || teacher) given the prefix, prefixes held fixed: what
-               the reverse KL over the full vocabulary has, from one token instead of all
-    sequence   the gradient of KL(student || teacher) over whole completions: a token also answers for where it leads
+    token      the sum over places of the gradient of KL(student || teacher) given the prefix, the sampler's prefixes
+               held fixed: what the reverse KL over the full vocabulary has, from one token instead of all
+    sequence   where the sampler is the student itself, the gradient of KL(student || teacher) over whole completions:
+               a token also answers for where it leads
 
     One document a row; places outside ``mask_BT`` add nothing and get 0. ``bound`` clips each token's own difference to
     ``[-bound, bound]`` nats, since one impossible token would else outweigh a batch. Nothing carries gradient.
@@ -53,7 +67,7 @@ def teacher_advantage(
         raise ValueError(f"credit={credit!r}: expected one of {', '.join(CREDITS)}")
     if not bound > 0:
         raise ValueError(f"bound={bound!r}: expected a positive number of nats, or inf for none")
-    difference_BT = (teacher_logprob_BT - sampler_logprob_BT).detach().clamp(-bound, bound)
+    difference_BT = (teacher_logprob_BT - logprob_BT).detach().clamp(-bound, bound)
     difference_BT = torch.where(mask_BT, difference_BT, torch.zeros_like(difference_BT))
     if credit == "token":
         return difference_BT
@@ -100,7 +114,7 @@ def kl_penalty(name: str, logprob_N: Tensor, reference_logprob_N: Tensor) -> Ten
 
 def entropy(logits_NV: Tensor) -> Tensor:
     """``-sum q log q`` of every row, nats; 0 for a class of probability zero."""
-    logprobs_NV = torch.log_softmax(logits_NV.float(), dim=-1)
+    logprobs_NV = torch.log_softmax(logits_NV.to(working_dtype(logits_NV)), dim=-1)
     return torch.special.entr(logprobs_NV.exp()).sum(dim=-1)
 
 

@@ -53,6 +53,10 @@ def on_shared_classes(
     A head may be padded with rows that stand for no token, and student and teacher by different numbers. A top-k
     signal cannot be cut: what it kept, and its tail, are of the distribution it was taken from.
     """
+    if not isinstance(signal, TeacherSignal):
+        raise TypeError(
+            f"a teacher signal of type {type(signal).__name__}: expected DenseLogits, HiddenProjection or TopKLogprobs"
+        )
     width = student.num_classes if num_classes is None else num_classes
     student = first_classes(student, width)
     if num_classes is not None and isinstance(signal, HiddenProjection):

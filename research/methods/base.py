@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from research.data.resume import rewind_to_last_step
 from research.errors import CheckpointError, ConfigError, NonFiniteLoss
 from research.generation.cost import GenerationCost
+from research.methods.budget import SCHEDULE_LENGTH, Budget, Spent, check_schedule, place_schedule
 from research.models.flops import flops_by_length, flops_per_row_of
 from research.models.weights import check_state, is_finite
 from research.records import Batch, LossSum, TeacherSignal, TokenBatch
@@ -52,25 +53,18 @@ class Component:
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What a run has cost so far; flops None where what a part of it cost is not known."""
-
-    flops: float | None
-    tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Training:
     """What every method is built from, whatever its loss.
 
     architecture  plain description of the student, written into checkpoints so that they can be loaded alone
+    budget        what the run may cost: the schedule of learning rates ends where it does; None: steps alone count
     """
 
     student: nn.Module
     optimizer: OptimizerFactory
     scheduler: SchedulerFactory | None
     architecture: dict[str, Any]
+    budget: Budget | None = None
 
 
 class AbstractMethod(L.LightningModule, ABC):
@@ -98,7 +92,7 @@ class AbstractMethod(L.LightningModule, ABC):
             raise ConfigError(f"the method {name} needs a teacher; choose one with teacher=frozen or teacher=cached")
         self.student = training.student
         self._optimizer_factory, self._scheduler_factory = training.optimizer, training.scheduler
-        self._architecture = training.architecture
+        self._architecture, self.budget = training.architecture, training.budget
         self._teacher_box = (teacher,)  # in a tuple: nothing may register it
         self._resumed_rng: RngState | None = None
         self._rng_before_step: RngState | None = None
@@ -141,6 +135,13 @@ class AbstractMethod(L.LightningModule, ABC):
         tokens = self.tokens_seen + rollout.prompt_tokens + rollout.tokens + self.teacher_tokens
         running = time.perf_counter() - self._fit_started
         return Spent(flops, tokens, earlier + running - self.validation_seconds)
+
+    def budget_fraction(self) -> float:
+        """The share of the budget that is spent, of the first rank on all of them; 0 without a budget."""
+        if self.budget is None:
+            return 0.0
+        fraction = self.budget.fraction(self.spent())
+        return float(self.trainer.strategy.broadcast(fraction)) if self.trainer.world_size > 1 else fraction
 
     def trained(self, batch: Any) -> Batch:
         """What :meth:`components` trained on for this micro-batch; a method that samples its own text says so here."""
@@ -280,10 +281,26 @@ class AbstractMethod(L.LightningModule, ABC):
         late = {}
         if length is not None and given.get(length) is None:
             late[length] = self._total_steps()
+        elif self.budget is not None:
+            raise ConfigError(
+                "this scheduler counts its own steps, and a run with a budget does not know how many it will take; "
+                f"choose one whose length the run sets, and leave {length or 'it'} null"
+            )
         scheduler = self._scheduler_factory(optimizer, **late)
+        if self.budget is not None:
+            check_schedule(scheduler)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """The next rate: after one more step or, of a run with a budget, where what is spent of it leads."""
+        if self.budget is None:
+            super().lr_scheduler_step(scheduler, metric)
+        else:
+            place_schedule(scheduler, self.budget_fraction())
+
     def _total_steps(self) -> int:
+        if self.budget is not None:
+            return SCHEDULE_LENGTH
         steps = float(self.trainer.estimated_stepping_batches)
         if not math.isfinite(steps):
             raise ConfigError(

@@ -1,7 +1,7 @@
 """The part that every method shares whose student writes while it is trained: draw, grade, watch, and lay out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,12 +10,24 @@ from torch import Tensor, nn
 from research.data.traces import TraceData
 from research.errors import ConfigError, RolloutError
 from research.generation.cost import GenerationCost
-from research.losses.policy import entropy
-from research.methods.health import RolloutHealth
+from research.methods.completion_places import drawn_logprobs, logits_at
+from research.methods.health import RolloutHealth, health_of
 from research.methods.reward import Graded, VerifierReward
-from research.methods.rollouts import Rollout, RolloutBuffer, StepCounts, as_batch, drawn_logprobs, sampler_logprobs
-from research.records import PromptBatch, Sampling, TokenBatch
+from research.methods.rollouts import (
+    Rollout,
+    RolloutBuffer,
+    StepCounts,
+    as_batch,
+    sampler_logprobs,
+    sum_over_ranks,
+)
+from research.models.modes import eval_mode
+from research.records import HiddenProjection, PromptBatch, PromptRow, Sampling, TokenBatch
 from research.tasks.grading import Grader
+
+# Nats per token, mean, by which the sampler may differ from the network that is trained: rounding alone.
+MOST_ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-3}
+MOST_ROUNDING_OF_HALF = 0.1
 
 
 @dataclass(frozen=True)
@@ -24,19 +36,26 @@ class OwnStep:
 
     tokens   the rollouts as a token batch, one a row
     counts   rollouts of the whole step
-    health   what is logged of the step's rollouts; :meth:`OwnWords.policy` adds to it
+    health   what is logged of the step's rollouts; :meth:`OwnWords.compare` adds to it
+    cost     of drawing them, over all ranks; nothing where they were at hand
     """
 
     rollouts: Sequence[Rollout]
     graded: Sequence[Graded]
     counts: StepCounts
     tokens: TokenBatch
-    health: dict[str, float] = field(default_factory=dict)
+    health: dict[str, float]
+    cost: GenerationCost
 
     @property
     def lengths(self) -> list[int]:
         """Drawn tokens of each rollout."""
         return [rollout.tokens for rollout in self.rollouts]
+
+    @property
+    def rewards(self) -> list[float]:
+        """What the verifier pays for each rollout."""
+        return [one.reward for one in self.graded]
 
     @property
     def label_N(self) -> Tensor:
@@ -50,7 +69,7 @@ class OwnStep:
     def placed(self, value_N: Tensor) -> Tensor:
         """Values of the drawn tokens at their places, [B, T]; 0 elsewhere."""
         mask_BT = self.tokens.completion_BT
-        return torch.zeros(mask_BT.shape, dtype=value_N.dtype, device=value_N.device).masked_scatter(mask_BT, value_N)
+        return value_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, value_N)
 
 
 class OwnWords:
@@ -58,6 +77,7 @@ class OwnWords:
 
     sampling        of the rollouts; the seed is the run's
     step_reward     see :class:`VerifierReward`
+    compares_rewards   whether the method learns from differences of rewards
     max_sampler_kl  nats per token by which the student may have left the policy that its rollouts were drawn from
     max_truncated_share, patience   see :class:`RolloutHealth`
     """
@@ -66,97 +86,126 @@ class OwnWords:
         self,
         sampling: Sampling,
         *,
-        step_reward: float = 0.0,
-        max_sampler_kl: float = 1.0,
-        max_truncated_share: float = 1.0,
-        patience: int = 50,
+        step_reward: float,
+        compares_rewards: bool,
+        max_sampler_kl: float,
+        max_truncated_share: float,
+        patience: int,
     ) -> None:
         if not max_sampler_kl > 0:
             raise ConfigError(f"method.max_sampler_kl is {max_sampler_kl}; expected a positive number of nats")
         self._max_sampler_kl, self._step_reward = max_sampler_kl, step_reward
-        self._buffer, self.watching = RolloutBuffer(sampling), RolloutHealth(max_truncated_share, patience)
+        self._buffer = RolloutBuffer(sampling)
+        self._watching = RolloutHealth(max_truncated_share, patience, compares_rewards=compares_rewards)
         self._graded_block: int | None = None
         self._graded: dict[int, list[Graded]] = {}
         self._health: dict[str, float] = {}
-        self._reward: VerifierReward | None = None
-        self._pad_id = 0
+        self._is_neutral = False
 
     @property
     def sampling(self) -> Sampling:
         """How rollouts are drawn, ``max_new_tokens`` cut to the room there is."""
         return self._buffer.sampling
 
-    @property
-    def cost(self) -> GenerationCost:
-        """Of all rollouts so far, over all ranks."""
-        return self._buffer.cost
-
     def connect(self, network: nn.Module, data: TraceData) -> None:
         """Sample from this network the problems of these data, graded by their own verifier."""
         codec = data.codec
-        self._pad_id = codec.pad_id
+        self._network, self._pad_id, self._vocab_size = network, codec.pad_id, codec.vocab_size
         self._reward = VerifierReward(Grader(data.task, codec.template, codec.layout), self._step_reward)
         self._buffer.connect(network, data)
 
     def of(self, batch: PromptBatch, device: torch.device) -> OwnStep:
-        """The rollouts of a micro-batch. Raises RolloutError where the student has stopped ending its answers."""
-        rollouts = self._buffer.of(batch)
+        """The rollouts of a micro-batch, drawn with the first of its block.
+
+        Raises RolloutError where the student has stopped ending its answers, or where the sampler does not draw from
+        the network that is trained.
+        """
+        cost = self._buffer.ready(batch)
         if self._graded_block != batch.block:
             self._grade(batch)
-        graded = [one for row in batch.prompts for one in self._graded[row.problem.index]]
-        counts = self._buffer.counts(batch)
+        rollouts, counts = self._buffer.of(batch.prompts), self._buffer.counts()
         tokens = as_batch(rollouts, counts, pad_id=self._pad_id).to(device)
-        return OwnStep(rollouts, graded, counts, tokens, dict(self._health))
+        step = OwnStep(rollouts, self.graded(batch.prompts), counts, tokens, dict(self._health), cost)
+        if cost.tokens:
+            self._check_sampler(step)
+        return step
+
+    def graded(self, rows: Sequence[PromptRow]) -> list[Graded]:
+        """The grades of the rollouts of these problems, of the block that is at hand."""
+        return [one for row in rows for one in self._graded[row.problem.index]]
+
+    def lengths(self, rows: Sequence[PromptRow]) -> list[int]:
+        """Drawn tokens of the same rollouts."""
+        return [rollout.tokens for rollout in self._buffer.of(rows)]
 
     def as_the_teacher_reads(self, step: OwnStep) -> TokenBatch:
         """The same completions, id for id, behind the teacher's own prompts."""
         return as_batch(step.rollouts, step.counts, pad_id=self._pad_id, for_teacher=True).to(step.tokens.ids_BT.device)
 
-    def policy(self, logits_NV: Tensor, step: OwnStep, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the drawn tokens under the student now, with gradient, and when they were drawn.
+    def logprobs(self, student: Tensor | HiddenProjection, step: OwnStep) -> Tensor:
+        """Log-probabilities of the drawn tokens under a student's logits [N, V], at the sampling temperature, [N]."""
+        return drawn_logprobs(student, step.label_N, self.sampling.temperature)
 
-        Adds to the step's health: ``rollout/entropy`` nats per token; ``rollout/sampler_kl`` the mean of
-        ``sampler_logprob - logprob``, an estimate of KL(sampler || student) that is 0 up to rounding and dropout in
-        the first step of a block; ``rollout/staleness`` steps since the rollouts were drawn.
+    def compare(self, logprob_N: Tensor, step: OwnStep, batch: PromptBatch) -> Tensor:
+        """Log-probabilities of the drawn tokens when they were drawn, [N], held against those of the student now.
+
+        Adds to the step's health: ``rollout/sampler_kl`` the mean of ``sampler_logprob - logprob``, an estimate of
+        KL(sampler || student) that is 0 up to rounding and dropout in the first step of a block, and over all ranks
+        from the second; ``rollout/staleness`` steps since the rollouts were drawn.
 
         Raises RolloutError where the student has gone further than ``max_sampler_kl`` from its own samples.
         """
-        logprob_N = drawn_logprobs(logits_NV, step.label_N, self.sampling.temperature)
-        sampler_N = sampler_logprobs(step.rollouts, logprob_N.device)
-        with torch.no_grad():
-            gap = float((sampler_N - logprob_N).mean())
-            mean_entropy = float(entropy(logits_NV).mean())
-        step.health.update(
-            {
-                "rollout/entropy": mean_entropy,
-                "rollout/sampler_kl": gap,
-                "rollout/staleness": float(batch.repeat),
-            }
-        )
-        self.watching.note_entropy(mean_entropy)
-        if self.sampling.temperature and self.sampling.top_p == 1 and batch.repeat and gap > self._max_sampler_kl:
+        sampler_N = sampler_logprobs(step.rollouts, logprob_N)
+        total, places = float((sampler_N - logprob_N.detach()).sum()), float(len(sampler_N))
+        if batch.repeat:  # a bound that stops the run has to stop every rank
+            total, places = sum_over_ranks([total, places])
+        gap = total / places
+        step.health.update({"rollout/sampler_kl": gap, "rollout/staleness": float(batch.repeat)})
+        if self._draws_the_policy and batch.repeat and gap > self._max_sampler_kl:
             raise RolloutError(
                 f"the student is {gap:.3g} nats per token away from the policy that its rollouts were drawn from, "
                 f"{batch.repeat} steps ago, more than method.max_sampler_kl={self._max_sampler_kl:g}. Lower "
                 "optimizer.lr or data.steps_per_rollout, or clip tighter (method.clip_low, method.clip_high)"
             )
-        return logprob_N, sampler_N
+        return sampler_N
+
+    @property
+    def _draws_the_policy(self) -> bool:
+        """Whether the sampler's probabilities are those of the student at the sampling temperature."""
+        return self.sampling.top_p == 1 and self.sampling.temperature > 0
 
     def _grade(self, batch: PromptBatch) -> None:
-        """Grade a whole block once; a block that a checkpoint brought back was watched before it was saved."""
-        if self._reward is None:
-            raise RuntimeError("rollouts were asked for before the method was set up by a trainer")
-        rollouts = self._buffer.of_step(batch)
+        """Grade what this rank drew of a block, once, and watch it."""
+        rollouts = self._buffer.of(batch.step_prompts)
         graded = self._reward(rollouts)
         self._graded = {}
         for rollout, one in zip(rollouts, graded, strict=True):
             self._graded.setdefault(rollout.row.problem.index, []).append(one)
         self._graded_block = batch.block
-        self._health = self.watching.watch(rollouts, graded, self.sampling.num_samples)
+        self._health = health_of(rollouts, graded, self.sampling.num_samples)
+        self._watching.note(batch.block, self._health)
+
+    @torch.no_grad()
+    def _check_sampler(self, step: OwnStep) -> None:
+        """Once a run: what the sampler drew from is what is trained, token by token, to rounding."""
+        if self._is_neutral or self.sampling.top_p < 1:
+            return
+        with eval_mode(self._network):
+            logits_NV = logits_at(self._network, step.tokens, self._vocab_size)
+        logprob_N = self.logprobs(logits_NV, step)
+        gap = float((sampler_logprobs(step.rollouts, logprob_N) - logprob_N).abs().mean())
+        bound = MOST_ROUNDING.get(logits_NV.dtype, MOST_ROUNDING_OF_HALF)
+        if not gap <= bound:
+            raise RolloutError(
+                f"the sampler's log-probabilities differ from the student's own by {gap:.3g} nats per token, more than "
+                f"rounding ({bound:g}): it does not sample the policy that is trained. This network cannot be sampled "
+                "by research.generation.in_process: its logits depend on more than ids, positions and attention mask"
+            )
+        self._is_neutral = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rollouts": self._buffer.state_dict(), "streaks": self.watching.state_dict()}
+        return {"rollouts": self._buffer.state_dict(), "streaks": self._watching.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._buffer.load_state_dict(state["rollouts"])
-        self.watching.load_state_dict(state["streaks"])
+        self._watching.load_state_dict(state["streaks"])

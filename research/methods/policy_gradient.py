@@ -1,22 +1,30 @@
 """Policy gradient with an answer key: GRPO and its de-biased form, the baseline for distillation."""
 
 import copy
-from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from research.errors import ConfigError
-from research.losses.policy import KL_ESTIMATORS, check_clip, clipped_surrogate, group_advantage, kl_penalty
+from research.errors import CheckpointError, ConfigError
+from research.losses.policy import (
+    KL_ESTIMATORS,
+    check_clip,
+    clipped_share,
+    clipped_surrogate,
+    group_advantage,
+    kl_penalty,
+)
 from research.methods.base import AbstractMethod, Component, Training
-from research.methods.on_policy import check_policy_sampling
+from research.methods.completion_places import logits_at, mean_entropy
 from research.methods.own_words import OwnStep, OwnWords
-from research.methods.rollouts import StepCounts, drawn_logprobs, sum_over_ranks
-from research.methods.sampled_places import check_reduction, component
+from research.methods.rollouts import StepCounts, sum_over_ranks
+from research.methods.sampled_places import check_policy_sampling, check_reduction, component
 from research.methods.soft_target import check_weights
 from research.methods.token_validation import METRICS as TOKEN_METRICS
 from research.methods.token_validation import log_token_validation
+from research.models.weights import weights_sha256
 from research.records import Batch, PromptBatch, Sampling, TokenBatch
 from research.teachers.base import AbstractTeacher
 
@@ -80,12 +88,13 @@ class PolicyGradient(AbstractMethod):
         check_reduction(reduction, fixed_length)
         check_clip(clip_low, clip_high)
         self.normalise, self.filter_groups = normalise, filter_groups
-        self.clip = {"clip_low": clip_low, "clip_high": clip_high}
+        self._clip = {"clip_low": clip_low, "clip_high": clip_high}
         self.reduction, self.fixed_length = reduction, fixed_length
         self.kl_weight, self.kl_estimator = kl_weight, kl_estimator
         self._own_words = OwnWords(
             Sampling(num_samples, sampling_temperature, top_p, max_new_tokens),
             step_reward=step_reward,
+            compares_rewards=True,
             max_sampler_kl=max_sampler_kl,
             max_truncated_share=max_truncated_share,
             patience=patience,
@@ -93,8 +102,9 @@ class PolicyGradient(AbstractMethod):
         # A copy of the student as it was built: a resume builds it from the same start before it loads the checkpoint.
         start = copy.deepcopy(self.student).eval().requires_grad_(False) if kl_weight else None
         self._start_box = (start,)  # in a tuple: nothing may register it
+        self._start_sha256 = None if start is None else weights_sha256(start)
         self._trained: TokenBatch | None = None
-        self._counts: tuple[int, StepCounts] | None = None
+        self._kept_counts: tuple[int, StepCounts] = (-1, StepCounts(0, 0))
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -108,26 +118,22 @@ class PolicyGradient(AbstractMethod):
 
     def components(self, batch: PromptBatch) -> list[Component]:
         step = self._own_words.of(batch, self.device)
-        self.rollout_cost, self._trained = self._own_words.cost, step.tokens
-        if batch.micro_batch == 0:
-            self._own_words.watching.note_rewards(step.health["rollout/equal_rewards"])
-        logits_NV = self._logits_at(self.student, step.tokens)
-        logprob_N, sampler_N = self._own_words.policy(logits_NV, step, batch)
-        reward_R = torch.tensor([one.reward for one in step.graded], device=self.device)
-        reward_PG = reward_R.view(-1, self._own_words.sampling.num_samples)
-        advantage_R = group_advantage(reward_PG, normalise=self.normalise).flatten()
-        surrogate_N = clipped_surrogate(logprob_N, sampler_N, step.spread(advantage_R), **self.clip)
-        with torch.no_grad():
-            outside = (logprob_N - sampler_N).exp()
-            low, high = 1 - self.clip["clip_low"], 1 + self.clip["clip_high"]
-            step.health["rollout/clipped"] = float(((outside < low) | (outside > high)).float().mean())
-        kept_R = self._kept(reward_PG)
-        parts = [self._component("policy", surrogate_N, step, 1.0, kept_R, self._step_counts(batch, step))]
+        self._trained, self.rollout_cost = step.tokens, self.rollout_cost + step.cost
+        logits_NV = logits_at(self.student, step.tokens, self._vocab_size)
+        logprob_N = self._own_words.logprobs(logits_NV, step)
+        sampler_N = self._own_words.compare(logprob_N, step, batch)
+        reward_PG = self._by_problem(logprob_N.new_tensor(step.rewards))
+        advantage_N = step.spread(group_advantage(reward_PG, normalise=self.normalise).flatten())
+        surrogate_N = clipped_surrogate(logprob_N, sampler_N, advantage_N, **self._clip)
+        kept_R, counts = self._kept(reward_PG), self._counts(batch, step)
+        parts = [self._component("policy", surrogate_N, step, 1.0, kept_R, counts)]
         if self.kl_weight:
             penalty_N = self._kl_to_start(step, logprob_N)
             everyone_R = torch.ones_like(kept_R)
             parts.append(self._component("kl_to_start", penalty_N, step, self.kl_weight, everyone_R, step.counts))
         if self._is_logged_step():
+            step.health["rollout/entropy"] = mean_entropy(logits_NV)
+            step.health["rollout/clipped"] = clipped_share(logprob_N, sampler_N, advantage_N, **self._clip)
             self.log_dict(step.health, batch_size=len(batch), rank_zero_only=True)
         return parts
 
@@ -138,54 +144,56 @@ class PolicyGradient(AbstractMethod):
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
-    def _logits_at(self, network: Any, tokens: TokenBatch) -> Tensor:
-        logits_BTV: Tensor = network(*tokens.network_inputs())
-        return logits_BTV[tokens.completion_BT][:, : self._vocab_size]
+    def _by_problem(self, value_R: Tensor) -> Tensor:
+        return value_R.view(-1, self._own_words.sampling.num_samples)
 
     def _kl_to_start(self, step: OwnStep, logprob_N: Tensor) -> Tensor:
         with torch.no_grad():
-            start_NV = self._logits_at(self._start_box[0], step.tokens)
-            start_N = drawn_logprobs(start_NV, step.label_N, self._own_words.sampling.temperature)
+            start_NV = logits_at(self._start_box[0], step.tokens, self._vocab_size)
+            start_N = self._own_words.logprobs(start_NV, step)
         return kl_penalty(self.kl_estimator, logprob_N, start_N)
 
     def _kept(self, reward_PG: Tensor) -> Tensor:
         """Which rollouts count in the mean, [R]: all of them, or those of groups that differ in their rewards."""
-        if not self.filter_groups:
-            return torch.ones(reward_PG.numel(), dtype=torch.bool, device=reward_PG.device)
         differs_P = (reward_PG != reward_PG[:, :1]).any(dim=-1)
-        return differs_P.repeat_interleave(reward_PG.shape[-1])
+        kept_P = differs_P if self.filter_groups else torch.ones_like(differs_P)
+        return kept_P.repeat_interleave(reward_PG.shape[-1])
 
-    def _step_counts(self, batch: PromptBatch, step: OwnStep) -> StepCounts:
+    def _counts(self, batch: PromptBatch, step: OwnStep) -> StepCounts:
         """Of the rollouts that count, over the whole step and all ranks."""
         if not self.filter_groups:
             return step.counts
-        if self._counts is None or self._counts[0] != batch.block:
-            whole = self._own_words.of(replace(batch, prompts=batch.step_prompts), torch.device("cpu"))
-            reward_R = torch.tensor([one.reward for one in whole.graded])
-            kept = self._kept(reward_R.view(-1, self._own_words.sampling.num_samples)).tolist()
-            lengths = [length for length, counts in zip(whole.lengths, kept, strict=True) if counts]
-            tokens, rows = sum_over_ranks([sum(lengths), len(lengths)])
-            self._counts = batch.block, StepCounts(int(tokens), int(rows))
-        return self._counts[1]
+        if self._kept_counts[0] != batch.block:
+            rewards = [one.reward for one in self._own_words.graded(batch.step_prompts)]
+            kept = self._kept(self._by_problem(torch.tensor(rewards))).tolist()
+            lengths = compress(self._own_words.lengths(batch.step_prompts), kept)
+            tokens, rows = sum_over_ranks([sum(lengths), sum(kept)])
+            self._kept_counts = batch.block, StepCounts(int(tokens), int(rows))
+        return self._kept_counts[1]
 
     def _component(
         self, name: str, per_place_N: Tensor, step: OwnStep, weight: float, kept_R: Tensor, counts: StepCounts
     ) -> Component:
-        kept_N = step.spread(kept_R)
-        lengths = [length for length, kept in zip(step.lengths, kept_R.tolist(), strict=True) if kept]
+        lengths = list(compress(step.lengths, kept_R.tolist()))
         options: dict[str, Any] = {"reduction": self.reduction, "fixed_length": self.fixed_length}
-        return component(name, per_place_N[kept_N], lengths, weight, counts=counts, **options)
+        return component(name, per_place_N[step.spread(kept_R)], lengths, weight, counts=counts, **options)
 
     # -- between runs -------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["own_words"] = self._own_words.state_dict()
+        checkpoint["start_sha256"] = self._start_sha256
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         if "own_words" in checkpoint:
             self._own_words.load_state_dict(checkpoint["own_words"])
+        if self._start_sha256 != checkpoint.get("start_sha256", self._start_sha256):
+            raise CheckpointError(
+                "method.kl_weight holds the student to the weights that its run began with, and this run begins with "
+                "others than the checkpoint's: resume with the same seed, student, init_from and kl_weight"
+            )
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Cross-entropy and accuracy of the reference completions, means over tokens."""

@@ -5,6 +5,7 @@ to be saved: a block that is drawn again from the same weights is the same. A bl
 the checkpoint, because the weights it was drawn from are gone by then.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,15 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from research.data.traces import TraceData
-from research.errors import ConfigError
 from research.generation.base import Prompt
 from research.generation.cost import GenerationCost
 from research.generation.distribution import check_sampling
 from research.generation.in_process import LocalGenerator
 from research.records import Completion, PromptBatch, PromptRow, Sampling, TokenBatch
 from research.seeding import seed_for
-from research.text.codec import Codec
 from research.text.document import Document, collate
+
+log = logging.getLogger(__name__)
+
+Drawn = dict[int, tuple[Completion, ...]]  # by the problem's index
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Rollouts of a whole optimizer step, over all micro-batches and ranks."""
+    """Documents of a whole optimizer step and the tokens of their completions, over all micro-batches and ranks."""
 
     tokens: int
     rows: int
@@ -49,7 +52,7 @@ class RolloutBuffer:
     """Draws the rollouts of a block of prompts and hands them out, micro-batch by micro-batch and step by step.
 
     sampling  of every rollout; its seed is replaced by that of the run and the block. ``max_new_tokens`` is cut to what
-              a document and the model's context hold
+              a document holds behind the longest prompt
 
     Raises ConfigError for a sampling without meaning.
     """
@@ -57,64 +60,55 @@ class RolloutBuffer:
     def __init__(self, sampling: Sampling) -> None:
         check_sampling(sampling)
         self.sampling = sampling
-        self.cost = GenerationCost()
         self._block: int | None = None
-        self._drawn: dict[int, tuple[Completion, ...]] = {}
-        self._counts = StepCounts(0, 0)
+        self._drawn: Drawn = {}
         self._generator: LocalGenerator | None = None
         self._seed = 0
 
     def connect(self, network: nn.Module, data: TraceData) -> None:
         """Sample from this network, as it is at every draw, with the tokens and the seed of these data."""
-        codec: Codec = data.codec
-        self._generator = LocalGenerator(network, codec.tokenizer, eos_ids=codec.eos_ids, pad_id=codec.pad_id)
+        codec = data.codec
+        self._generator = LocalGenerator(
+            network, codec.tokenizer, eos_ids=codec.eos_ids, pad_id=codec.pad_id, vocab_size=codec.vocab_size
+        )
         self._seed = data.seed
         longest = max(len(row.ids) for row in data.prompts())
-        room = data.max_tokens - longest
-        if room < 1:
-            raise ConfigError(f"data.max_tokens is {data.max_tokens}; a prompt of {longest} tokens leaves no room")
-        self.sampling = replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room))
+        room, asked = data.max_tokens - longest, self.sampling.max_new_tokens
+        if room < asked:
+            log.info("rollouts end after %d tokens: data.max_tokens less the longest prompt's %d", room, longest)
+        self.sampling = replace(self.sampling, max_new_tokens=min(asked, room))
 
-    def of(self, batch: PromptBatch) -> list[Rollout]:
-        """The rollouts of one micro-batch, the samples of a problem side by side; drawn where they are not yet."""
-        if self._block != batch.block:
-            self._draw(batch)
-        return [Rollout(row, completion) for row in batch.prompts for completion in self._drawn[row.problem.index]]
-
-    def of_step(self, batch: PromptBatch) -> list[Rollout]:
-        """The rollouts of the whole step on this rank."""
-        return self.of(replace(batch, prompts=batch.step_prompts))
-
-    def counts(self, batch: PromptBatch) -> StepCounts:
-        """Tokens and rows of the step's rollouts, over all ranks."""
-        self.of(batch)
-        return self._counts
-
-    def _draw(self, batch: PromptBatch) -> None:
+    def ready(self, batch: PromptBatch) -> GenerationCost:
+        """Have the rollouts of the batch's block at hand, on every rank; what drawing them cost, over all ranks."""
+        if self._block == batch.block:
+            return GenerationCost()
         if self._generator is None:
-            raise RuntimeError("the rollouts were asked for before the method was set up by a trainer")
+            raise RuntimeError("rollouts were asked for before the method was set up by a trainer")
         sampling = replace(self.sampling, seed=seed_for(self._seed, "rollouts", batch.block))
         prompts = [Prompt(row.problem.index, row.problem.text, row.ids) for row in batch.step_prompts]
         before = self._generator.spent
         written = {one.index: one.completions for one in self._generator.generate(prompts, sampling)}
-        self.cost += _over_ranks(self._generator.spent - before)
-        self._block, self._drawn = batch.block, written
-        tokens = sum(len(one.ids) for completions in written.values() for one in completions)
-        total, rows = sum_over_ranks([tokens, len(prompts) * sampling.num_samples])
-        self._counts = StepCounts(int(total), int(rows))
+        self._block, self._drawn = batch.block, _from_all_ranks(written)
+        return _over_ranks(self._generator.spent - before)
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
+    def of(self, rows: Sequence[PromptRow]) -> list[Rollout]:
+        """The rollouts of these problems, the samples of each side by side; after :meth:`ready`."""
+        return [Rollout(row, completion) for row in rows for completion in self._drawn[row.problem.index]]
+
+    def counts(self) -> StepCounts:
+        """Of the rollouts of the block, over all ranks."""
+        lengths = [len(one.ids) for completions in self._drawn.values() for one in completions]
+        return StepCounts(sum(lengths), len(lengths))
 
     def state_dict(self) -> dict[str, Any]:
-        """The block that has not served to its end, in plain values; its cost so far."""
+        """The block that was drawn last, in plain values."""
         drawn = {index: [asdict(one) for one in completions] for index, completions in self._drawn.items()}
-        return {"block": self._block, "drawn": drawn, "counts": asdict(self._counts), "cost": asdict(self.cost)}
+        return {"block": self._block, "drawn": drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with a saved block."""
         self._block = state["block"]
-        self._drawn = {int(index): tuple(_completion(one) for one in saved) for index, saved in state["drawn"].items()}
-        self._counts, self.cost = StepCounts(**state["counts"]), GenerationCost(**state["cost"])
+        self._drawn = {int(index): tuple(map(_completion, saved)) for index, saved in state["drawn"].items()}
 
 
 def as_batch(rollouts: Sequence[Rollout], counts: StepCounts, *, pad_id: int, for_teacher: bool = False) -> TokenBatch:
@@ -126,14 +120,7 @@ def as_batch(rollouts: Sequence[Rollout], counts: StepCounts, *, pad_id: int, fo
     for rollout in rollouts:
         prompt = rollout.row.teacher_ids if for_teacher else rollout.row.ids
         documents.append(Document((*prompt, *rollout.completion.ids), len(prompt), rollout.row.problem.index))
-    return collate(
-        documents,
-        prompt_loss_weight=0.0,
-        pad_id=pad_id,
-        step_weight=float(counts.tokens),
-        step_completion_tokens=counts.tokens,
-        step_rows=counts.rows,
-    )
+    return _collated(documents, counts, pad_id)
 
 
 def stored_as_batch(batch: PromptBatch, *, pad_id: int, for_teacher: bool = False) -> TokenBatch:
@@ -142,31 +129,17 @@ def stored_as_batch(batch: PromptBatch, *, pad_id: int, for_teacher: bool = Fals
     for row in batch.stored:
         prompt = row.teacher_prompt_ids if for_teacher else row.ids[: row.prompt_length]
         documents.append(Document((*prompt, *row.ids[row.prompt_length :]), len(prompt), row.index))
-    return collate(
-        documents,
-        prompt_loss_weight=0.0,
-        pad_id=pad_id,
-        step_weight=float(batch.step_stored_tokens),
-        step_completion_tokens=batch.step_stored_tokens,
-        step_rows=batch.step_stored_rows,
-    )
+    return _collated(documents, StepCounts(batch.step_stored_tokens, batch.step_stored_rows), pad_id)
 
 
-def sampler_logprobs(rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
+def sampler_logprobs(rollouts: Sequence[Rollout], like: Tensor) -> Tensor:
     """The natural-log probability of every drawn token under the policy it was drawn from, row by row, [N]."""
-    values = [logprob for rollout in rollouts for logprob in rollout.completion.logprobs]
-    return torch.tensor(values, dtype=torch.float32, device=device)
-
-
-def drawn_logprobs(logits_NV: Tensor, label_N: Tensor, sampling_temperature: float) -> Tensor:
-    """The same under the student as it is now: ``log_softmax(logits / sampling_temperature)`` at the drawn tokens."""
-    logprobs_NV = torch.log_softmax(logits_NV.float() / (sampling_temperature or 1.0), dim=-1)
-    return logprobs_NV.gather(-1, label_N.unsqueeze(-1)).squeeze(-1)
+    return like.new_tensor([logprob for rollout in rollouts for logprob in rollout.completion.logprobs])
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
-    """Each number summed over all ranks; as it is where there is one."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    """Each number summed over all ranks, in float64; as it is where there is one."""
+    if not _has_ranks():
         return list(values)
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -174,12 +147,36 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     return [float(value) for value in total.tolist()]
 
 
+def _from_all_ranks(drawn: Drawn) -> Drawn:
+    """Every rank's rollouts on every rank: counts are of all of them, and any rank's checkpoint is whole."""
+    if not _has_ranks():
+        return drawn
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, drawn)
+    return {index: completions for one in gathered for index, completions in one.items()}
+
+
 def _over_ranks(cost: GenerationCost) -> GenerationCost:
-    """A rank's cost as that of all: counts are summed, the seconds are those of this one."""
-    counted = {name: value for name, value in asdict(cost).items() if name != "seconds" and value is not None}
-    summed = dict(zip(counted, sum_over_ranks([float(value) for value in counted.values()]), strict=True))
-    whole = {name: type(value)(summed[name]) for name, value in counted.items()}
-    return replace(cost, **whole)
+    """A rank's cost as that of all: counts are summed, wall time is that of this one."""
+    summed = [name for name, value in asdict(cost).items() if not name.endswith("seconds") and value is not None]
+    totals = sum_over_ranks([float(getattr(cost, name)) for name in summed])
+    kinds = [type(getattr(cost, name)) for name in summed]
+    return replace(cost, **{name: kind(total) for name, kind, total in zip(summed, kinds, totals, strict=True)})
+
+
+def _has_ranks() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _collated(documents: Sequence[Document], counts: StepCounts, pad_id: int) -> TokenBatch:
+    return collate(
+        documents,
+        prompt_loss_weight=0.0,
+        pad_id=pad_id,
+        step_weight=float(counts.tokens),
+        step_completion_tokens=counts.tokens,
+        step_rows=counts.rows,
+    )
 
 
 def _completion(saved: dict[str, Any]) -> Completion:

@@ -24,6 +24,15 @@ def check_reduction(reduction: str, fixed_length: int | None, valid: Sequence[st
         )
 
 
+def check_policy_sampling(sampling_temperature: float, top_p: float) -> None:
+    """Raise ConfigError for samples that are not the policy's own: a policy gradient would follow another policy's."""
+    if top_p < 1 or sampling_temperature == 0:
+        raise ConfigError(
+            f"method.top_p is {top_p} and method.sampling_temperature {sampling_temperature}; a policy gradient needs "
+            "samples of the policy itself: top_p=1 and a temperature above 0"
+        )
+
+
 def denominator(reduction: str, counts: StepCounts, fixed_length: int | None) -> float:
     """What a step's sum is divided by: its tokens, its rows, or its rows times a fixed length."""
     by_name = {"token": counts.tokens, "sequence": counts.rows, "fixed": counts.rows * (fixed_length or 1)}
@@ -48,8 +57,8 @@ def component(
                fixed     sum over rows * ``fixed_length``: a constant, whatever the lengths (Dr. GRPO)
     """
     if reduction == "sequence":
-        length_N = torch.tensor([n for n in lengths for _ in range(n)], device=per_place_N.device)
-        per_place_N = per_place_N / length_N
+        length_R = torch.tensor(lengths, dtype=torch.int64, device=per_place_N.device)
+        per_place_N = per_place_N / length_R.repeat_interleave(length_R)
     micro = StepCounts(sum(lengths), len(lengths))
     count = torch.tensor(denominator(reduction, micro, fixed_length), device=per_place_N.device)
     return Component(name, LossSum(per_place_N.sum(), count), weight, denominator(reduction, counts, fixed_length))

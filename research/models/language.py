@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from research.errors import ConfigError
+from research.models.hidden import check_projection, projection_of
+from research.models.language_configs import gpt2_config, rotary_config
+from research.records import HiddenProjection
 
 ARCHITECTURES = ("llama", "qwen3", "gpt2")
 DEFAULT_ROPE_THETA = 10_000.0
@@ -29,6 +32,7 @@ class AbstractLanguageModel(nn.Module):
     model: Any
     vocab_size: int
     max_positions: int | None
+    _projects: bool = False  # whether hidden states and head were seen to make the model's own logits
 
     @abstractmethod
     def exported(self) -> Any:
@@ -43,13 +47,33 @@ class AbstractLanguageModel(nn.Module):
 
         Raises ValueError for a document that is longer than the model's positions.
         """
+        return self.model(**self._arguments(ids_BT, position_BT, segment_BT)).logits
+
+    def hidden_projection(self, ids_BT: Tensor, position_BT: Tensor, segment_BT: Tensor) -> HiddenProjection:
+        """What makes the logits of :meth:`forward`, not yet multiplied: last hidden states [B, T, D] and the head.
+
+        The hidden states are those after the final norm; the head's weight is the model's own parameter, tied or not,
+        so that a loss of the projection trains both. The first call makes a few logits both ways and compares them.
+
+        Raises ConfigError for a head that is more than one matrix (an adapter on it), or a model that does more to its
+        logits than a cap; ValueError as :meth:`forward` does.
+        """
+        if not self._projects and not ids_BT.is_meta:
+            short_BT = ids_BT[:1, :4]
+            place_BT = torch.arange(short_BT.shape[1], device=ids_BT.device)[None]
+            check_projection(self.model, self._arguments(short_BT, place_BT, torch.ones_like(short_BT)))
+            self._projects = True
+        return projection_of(self.model, self._arguments(ids_BT, position_BT, segment_BT))
+
+    def _arguments(self, ids_BT: Tensor, position_BT: Tensor, segment_BT: Tensor) -> dict[str, Any]:
+        """What the library's model is called with."""
         self._check_length(position_BT)
         mask: Tensor | None = None
         if not one_document_a_row(position_BT, segment_BT):
             mask = self._attention_mask(segment_BT)
         else:  # padding stands behind the document, where causality alone hides it: no mask, the fast kernels
             position_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
-        return self.model(input_ids=ids_BT, attention_mask=mask, position_ids=position_BT, use_cache=False).logits
+        return {"input_ids": ids_BT, "attention_mask": mask, "position_ids": position_BT, "use_cache": False}
 
     def _attention_mask(self, segment_BT: Tensor) -> Tensor:
         seen_B1TT = same_document_and_before(segment_BT)
@@ -136,9 +160,11 @@ class LanguageModel(AbstractLanguageModel):
         }
         if architecture == "gpt2":
             _refuse_for_gpt2(num_kv_heads=num_kv_heads, rope_theta=rope_theta)
-            config = _gpt2(**sizes, inner=intermediate_size, positions=max_positions, dropout=dropout, common=common)
+            config = gpt2_config(
+                **sizes, inner=intermediate_size, positions=max_positions, dropout=dropout, common=common
+            )
         else:
-            config = _rotary(
+            config = rotary_config(
                 architecture,
                 **sizes,
                 num_kv_heads=num_kv_heads,
@@ -217,61 +243,6 @@ def _from_config(config: Any, pad_token_id: int) -> Any:
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
     set_generation_ids(model, config.eos_token_id, pad_token_id)
     return model.train()
-
-
-def _rotary(
-    architecture: str,
-    *,
-    hidden_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int | None,
-    intermediate_size: int,
-    theta: float,
-    positions: int,
-    dropout: float,
-    common: dict[str, Any],
-) -> Any:
-    from transformers import LlamaConfig, Qwen3Config
-
-    config_class = LlamaConfig if architecture == "llama" else Qwen3Config
-    return config_class(
-        hidden_size=hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads or num_heads,
-        head_dim=hidden_size // num_heads,
-        intermediate_size=intermediate_size,
-        max_position_embeddings=positions,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
-        attention_dropout=dropout,
-        **common,
-    )
-
-
-def _gpt2(
-    *,
-    hidden_size: int,
-    num_layers: int,
-    num_heads: int,
-    inner: int | None,
-    positions: int,
-    dropout: float,
-    common: dict[str, Any],
-) -> Any:
-    from transformers import GPT2Config
-
-    return GPT2Config(
-        n_embd=hidden_size,
-        n_layer=num_layers,
-        n_head=num_heads,
-        n_inner=inner or 4 * hidden_size,
-        n_positions=positions,
-        resid_pdrop=dropout,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-        **common,
-    )
 
 
 def _check_sizes(sizes: dict[str, int], num_kv_heads: int | None, architecture: str) -> None:

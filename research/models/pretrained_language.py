@@ -13,6 +13,7 @@ import torch
 
 from research.errors import CheckpointError, ConfigError
 from research.models.language import AbstractLanguageModel, enable_gradient_checkpointing, set_generation_ids
+from research.text.hub import source_of, why_unread
 
 
 class PretrainedLanguageModel(AbstractLanguageModel):
@@ -95,7 +96,7 @@ def load_causal_model(
     try:
         with torch.random.fork_rng(devices=[]):  # it draws initial weights before it reads the trained ones
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(path),
+                source_of(path, revision),
                 revision=revision or "main",
                 local_files_only=Path(path).exists(),
                 trust_remote_code=False,
@@ -105,7 +106,10 @@ def load_causal_model(
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a causal language model that transformers can load: {error}") from None
+        told = "" if Path(path).exists() else f" ({why_unread(path)})"
+        raise CheckpointError(
+            f"{path} is not a causal language model that transformers can load{told}: {error}"
+        ) from None
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:

@@ -1,10 +1,11 @@
 """The comparisons a study may declare, and the rule that turns one into HOLDS, FAILS or INCONCLUSIVE.
 
 With fewer seeds than MINIMUM_SEEDS only INCONCLUSIVE can come out. A difference is a head-to-head of two arms in which
-either sign would be news, so its sign-flip test is two-sided and cannot go below 2/2**n: five wins of five are
-p = .0625, and six seeds are the least that can reach .05. The other kinds fix their side, threshold or margin in the
-study file before the runs; their test is one-sided, cannot go below 1/2**n, and five seeds (.031) are the least. Below
-that, an interval rests on at most 35 distinct resamples of the seeds, too few to place a 2.5 % tail.
+either sign would be news, and so is an interaction, the difference of two such differences: their sign-flip test is
+two-sided and cannot go below 2/2**n. Five wins of five are p = .0625, and six seeds are the least that can reach .05.
+The other kinds fix their side, threshold or margin in the study file before the runs; their test is one-sided, cannot
+go below 1/2**n, and five seeds (.031) are the least. Below that, an interval rests on at most 35 distinct resamples of
+the seeds, too few to place a 2.5 % tail.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +20,9 @@ from research.results.statistics import sign_flip_p, smallest_p
 
 HOLDS, FAILS, INCONCLUSIVE = "HOLDS", "FAILS", "INCONCLUSIVE"
 LEVEL = 0.05
-MINIMUM_SEEDS = {"difference": 6, "share": 5, "ratio": 5, "equivalence": 5, "best_level": 5, "trend": 5}
+TWO_SIDED = ("difference", "interaction")
+ONE_SIDED = ("share", "ratio", "equivalence", "best_level", "trend")
+MINIMUM_SEEDS = dict.fromkeys(TWO_SIDED, 6) | dict.fromkeys(ONE_SIDED, 5)
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def verdict_for(
     """The verdict and, where it is INCONCLUSIVE, the reason (else an empty text).
 
     HOLDS: the interval lies on the claimed side of ``threshold`` (inside +-``margin`` for equivalence) and, for a
-    difference, p < .05; ``best_level``: at most 5 % of the seed bootstraps contradict the order.
+    difference or an interaction, p < .05; ``best_level``: at most 5 % of the seed bootstraps contradict the order.
     FAILS: it lies wholly on the other side (outside the margin). INCONCLUSIVE: anything else, and always
 
     * with fewer seeds than MINIMUM_SEEDS, whatever the numbers (the argument is in the module's docstring);
@@ -94,7 +97,7 @@ def verdict_for(
         return FAILS, ""
     if not inside:
         return INCONCLUSIVE, "the interval does not settle it"
-    if kind == "difference" and (p_value is None or p_value >= LEVEL):
+    if kind in TWO_SIDED and (p_value is None or p_value >= LEVEL):
         return INCONCLUSIVE, "p is not below .05"
     return HOLDS, ""
 
@@ -123,7 +126,7 @@ def compare(spec: ComparisonSpec, panel: Panel) -> Comparison:
     use_items = all(operand.resampled_DS is not None for operand in operands)
     confidence = 0.90 if spec.kind == "equivalence" else 0.95
     reading, low, high = _interval(spec, operands, panel.weights(n), use_items, confidence)
-    p_value, two_sided = _p_value(spec, reading.contrast_S), spec.kind == "difference"
+    p_value, two_sided = _p_value(spec, reading.contrast_S), spec.kind in TWO_SIDED
     sides = "two-sided" if two_sided else "one-sided" if spec.kind != "equivalence" else "two one-sided"
     scope = "seeds and items" if use_items else "seeds only"
     test = f"sign-flip over {n} paired seeds, {sides}; {confidence:.0%} interval from a paired bootstrap over {scope}"
@@ -148,7 +151,7 @@ def _interval(
 def _p_value(spec: ComparisonSpec, contrast_S: np.ndarray) -> float:
     if spec.kind == "equivalence" and spec.margin is not None:
         return max(sign_flip_p(spec.margin - contrast_S, False), sign_flip_p(spec.margin + contrast_S, False))
-    return sign_flip_p(contrast_S, two_sided=spec.kind == "difference")
+    return sign_flip_p(contrast_S, two_sided=spec.kind in TWO_SIDED)
 
 
 def resampled_operands(specs: Iterable[ComparisonSpec], panel: Panel) -> list[OperandSpec]:
@@ -157,6 +160,9 @@ def resampled_operands(specs: Iterable[ComparisonSpec], panel: Panel) -> list[Op
 
 
 def _operand_specs(spec: ComparisonSpec, panel: Panel) -> list[OperandSpec]:
+    if spec.kind == "interaction":
+        groups = (spec.low_group, spec.high_group)
+        return [at_level(operand, {spec.group: group}) for group in groups for _, operand in spec.operands]
     if spec.kind != "trend":
         return [operand for _, operand in spec.operands]
     arm = spec.operand("arm")
@@ -189,6 +195,15 @@ def _read_difference(spec: ComparisonSpec, operands: list[Operand], draws: list[
     d_S, d_D = sign * (operands[0].values_S - operands[1].values_S), sign * (draws[0] - draws[1])
     border = spec.threshold if spec.kind == "difference" else 0.0
     return _Reading(float(d_S.mean()), d_D, d_D, d_S - border)
+
+
+def _read_interaction(spec: ComparisonSpec, operands: list[Operand], draws: list[np.ndarray]) -> _Reading:
+    """(baseline - treatment) at ``high_group`` minus the same at ``low_group``, of one seed each; sign as above."""
+    sign = 1.0 if spec.lower_is_better else -1.0
+    low_S, high_S = (operands[at].values_S - operands[at + 1].values_S for at in (0, 2))
+    low_D, high_D = (draws[at] - draws[at + 1] for at in (0, 2))
+    gain_S, gain_D = sign * (high_S - low_S), sign * (high_D - low_D)
+    return _Reading(float(gain_S.mean()), gain_D, gain_D, gain_S - spec.threshold)
 
 
 def _read_share(spec: ComparisonSpec, operands: list[Operand], draws: list[np.ndarray]) -> _Reading:
@@ -224,6 +239,7 @@ def _read_trend(spec: ComparisonSpec, operands: list[Operand], draws: list[np.nd
 _READERS: dict[str, Callable[[ComparisonSpec, list[Operand], list[np.ndarray]], _Reading]] = {
     "difference": _read_difference,
     "equivalence": _read_difference,
+    "interaction": _read_interaction,
     "share": _read_share,
     "ratio": _read_ratio,
     "trend": _read_trend,

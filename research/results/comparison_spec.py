@@ -7,6 +7,7 @@
 | ratio | before, after | before / after > ``threshold`` (1) |
 | equivalence | baseline, treatment | the difference lies inside +- ``margin`` |
 | best_level | arm | best level of ``factor`` at ``group`` = ``low_group`` is below that at ``high_group`` |
+| interaction | baseline, treatment | the difference at ``high_group`` of ``group`` exceeds that at ``low_group`` |
 | trend | arm | the metric ``rises`` or ``falls`` (``expected``) over the levels of ``factor`` |
 
 An operand is an arm name, a requirement's name, a number, or {arm | requires, metric, where}. Factors of the arm that
@@ -23,6 +24,7 @@ OPERANDS: dict[str, tuple[str, ...]] = {
     "share": ("worst", "treated", "best"),
     "ratio": ("before", "after"),
     "equivalence": ("baseline", "treatment"),
+    "interaction": ("baseline", "treatment"),
     "best_level": ("arm",),
     "trend": ("arm",),
 }
@@ -31,9 +33,11 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "share": ("threshold",),
     "ratio": ("threshold",),
     "equivalence": ("margin",),
+    "interaction": ("threshold", "group", "low_group", "high_group"),
     "best_level": ("factor", "group", "low_group", "high_group"),
     "trend": ("factor", "expected", "scale"),
 }
+_GROUPED = ("best_level", "interaction")
 _COMMON = ("kind", "metric", "lower_is_better", "where", "note")
 
 
@@ -99,9 +103,9 @@ def parse_comparison(fields: Fields, declared: Declared) -> ComparisonSpec:
         threshold=fields.number("threshold", 1.0 if kind == "ratio" else 0.0),
         margin=fields.number("margin") if kind == "equivalence" else None,
         factor=fields.choice("factor", declared.factors) if "factor" in _OPTIONS[kind] else "",
-        group=fields.choice("group", declared.factors) if kind == "best_level" else "",
-        low_group=fields.label("low_group") if kind == "best_level" else "",
-        high_group=fields.label("high_group") if kind == "best_level" else "",
+        group=fields.choice("group", declared.factors) if kind in _GROUPED else "",
+        low_group=fields.label("low_group") if kind in _GROUPED else "",
+        high_group=fields.label("high_group") if kind in _GROUPED else "",
         expected=fields.choice("expected", ("rises", "falls"), "rises"),
         scale=fields.choice("scale", ("linear", "log2"), "linear"),
         note=fields.text("note", ""),
@@ -115,16 +119,26 @@ def _check(spec: ComparisonSpec, fields: Fields, declared: Declared) -> None:
         raise fields.error("margin", "a margin above 0, in units of the metric, fixed before the runs")
     if spec.kind in ("best_level", "trend") and spec.operand("arm").arm is None:
         raise fields.error("arm", f"an arm with levels of {spec.factor!r}; {nearest('', declared.arms)}")
-    if spec.kind == "best_level":
+    if spec.kind in _GROUPED:
         for key, label in (("low_group", spec.low_group), ("high_group", spec.high_group)):
             if label not in declared.factors[spec.group]:
                 raise fields.error(key, nearest(label, declared.factors[spec.group]))
         if spec.group == spec.factor:
             raise fields.error("group", f"a factor other than {spec.factor!r}")
+    if spec.kind == "interaction":
+        _check_interaction(spec, fields, declared)
     if spec.kind == "trend":
         levels = [number_of(label) for label in declared.factors[spec.factor]]
         if None in levels or len(levels) < 2 or (spec.scale == "log2" and min(levels) <= 0):  # type: ignore[type-var,operator]
             raise fields.error("factor", "a factor with two or more numeric levels (above 0 where scale is log2)")
+
+
+def _check_interaction(spec: ComparisonSpec, fields: Fields, declared: Declared) -> None:
+    if spec.low_group == spec.high_group:
+        raise fields.error("high_group", f"a level of {spec.group!r} other than low_group")
+    for role, operand in spec.operands:
+        if operand.arm is None or spec.group in dict(operand.where):
+            raise fields.error(role, f"an arm whose {spec.group!r} is left open; {nearest('', declared.arms)}")
 
 
 def number_of(label: str) -> float | None:

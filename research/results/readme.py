@@ -41,6 +41,10 @@ def _finding(spec: ComparisonSpec, estimate: float) -> str:
         if not place and where["treatment"] != where["baseline"]:
             mine, other = mine + where["treatment"], other + where["baseline"]
         return f"{metric} of {mine} {number(abs(estimate))} {'below' if fewer else 'above'} {other}{place}"
+    if spec.kind == "interaction":
+        more = f"{spec.group} {spec.high_group} than at {spec.group} {spec.low_group}"
+        gain = f"{'better' if estimate >= 0 else 'worse'} than {name['baseline']} by {number(abs(estimate))} more"
+        return f"in {metric}, {name['treatment']} is {gain} at {more}"
     if spec.kind == "share":
         return f"{name['treated']} closes {estimate:.0%} of the gap in {metric} from {name['worst']} to {name['best']}"
     if spec.kind == "ratio":

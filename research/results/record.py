@@ -31,7 +31,8 @@ class RunRecord:
     """Everything a result may need to know of one run.
 
     command, experiment    what was run; ``overrides`` are the command line's, ``config`` the resolved plain dict
-    status, reason         one of STATUSES; ``reason`` says why a run did not complete, None where it did
+    status, reason         one of STATUSES; ``reason`` says why a run did not complete or, of one that did, which limit
+                           of its budget ended it; else None
     config_hash            :func:`hash_config` of ``config``
     versions, revision     installed distributions; git {commit, dirty}
     started_at, wall_s     UTC, ISO 8601; seconds of wall time

@@ -85,8 +85,9 @@ class Study:
 class Cell:
     """One run of a study: an arm at one level of each of its factors with one seed.
 
-    ``overrides`` may still hold {requires.NAME}; :meth:`filled` gives the final list. ``key`` is the run's directory
-    name below the study's, such as ``soft/temperature=4,width=30/seed=2``.
+    ``overrides`` may still hold {requires.NAME}, and {arms.NAME}: the run of another arm with the same seed, which this
+    one goes on from. :meth:`filled` gives the final list. ``key`` is the run's directory name below the study's, such
+    as ``soft/temperature=4,width=30/seed=2``.
     """
 
     arm: str
@@ -95,10 +96,38 @@ class Cell:
     overrides: tuple[str, ...]
     key: str
 
-    def filled(self, requirement_dirs: Mapping[str, str | Path]) -> list[str]:
-        """The overrides with {seed} and {requires.NAME} replaced; raises StudyError for an unknown placeholder."""
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the arms whose runs this one goes on from."""
+        return named_arms(self.overrides)
+
+    def filled(self, requirement_dirs: Mapping[str, str | Path], runs_dir: str | Path = "") -> list[str]:
+        """The overrides with every placeholder replaced; raises StudyError for an unknown one.
+
+        runs_dir  where the cells' runs lie, by key; needed where the cell goes on from another
+        """
         values = {f"requires.{name}": str(directory) for name, directory in requirement_dirs.items()}
+        values |= {f"arms.{name}": str(Path(runs_dir) / name / f"seed={self.seed}") for name in self.needs}
         return fill_placeholders(self.overrides, {"seed": str(self.seed), **values})
+
+
+def named_arms(overrides: Iterable[str]) -> frozenset[str]:
+    """The arms that stand in overrides as {arms.NAME}."""
+    found = [match for override in overrides for match in _PLACEHOLDER.findall(override)]
+    return frozenset(name.removeprefix("arms.") for name in found if name.startswith("arms."))
+
+
+def stages(declared: Iterable[Cell]) -> list[list[Cell]]:
+    """The cells in the order in which they can run: each stage goes on from runs of earlier ones alone.
+
+    :func:`read_study` has seen to it that an arm is declared after those it needs.
+    """
+    depth: dict[str, int] = {}
+    by_depth: dict[int, list[Cell]] = {}
+    for cell in declared:
+        depth[cell.arm] = max((depth.get(name, 0) + 1 for name in cell.needs), default=0)
+        by_depth.setdefault(depth[cell.arm], []).append(cell)
+    return [by_depth[number] for number in sorted(by_depth)]
 
 
 def fill_placeholders(overrides: Iterable[str], values: Mapping[str, str]) -> list[str]:

@@ -1,12 +1,12 @@
 """Reading ``study.yaml``: unknown keys, levels, seeds, names and placeholders are refused before anything runs."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from research.results.comparison_spec import Declared, parse_comparison
 from research.results.fields import Fields, StudyError, label_of, nearest, read_yaml
-from research.results.study import Arm, Preset, Requirement, Study, cells, fill_placeholders
+from research.results.study import Arm, Cell, Preset, Requirement, Study, cells, fill_placeholders
 
 STUDY_KEYS = (
     "study", "claim", "question", "base", "requires", "arms", "factors", "seeds", "metric", "lower_is_better",
@@ -150,7 +150,30 @@ def _check_placeholders(study: Study) -> None:
             fill_placeholders([*requirement.overrides, *extra], values)
             values[f"requires.{requirement.name}"] = ""
         for name in (None, *study.presets):
-            for cell in cells(study, name):
-                fill_placeholders(cell.overrides, {"seed": "", **values})
+            found = cells(study, name)
+            _check_arms_needed(study, found, name)
+            for cell in found:
+                fill_placeholders(cell.overrides, {"seed": "", **values, **{f"arms.{arm}": "" for arm in cell.needs}})
     except StudyError as error:
         raise StudyError(f"{study.path}: {error}") from None
+
+
+def _check_arms_needed(study: Study, found: Sequence[Cell], preset: str | None) -> None:
+    """A cell goes on from the run of an arm that is declared before it, has no factors and runs with the same seed."""
+    seen: set[tuple[str, int]] = set()
+    for cell in found:
+        for name in sorted(cell.needs):
+            if name not in study.arms:
+                raise StudyError(f"{{arms.{name}}} in {cell.arm} names no arm; {nearest(name, study.arms)}")
+            if study.arms[name].factors:
+                raise StudyError(
+                    f"{{arms.{name}}} in {cell.arm} names an arm that is crossed with factors, so that it has several "
+                    "runs of one seed; give that arm `factors: []`"
+                )
+            if (name, cell.seed) not in seen:
+                where = f" in the preset {preset}" if preset else ""
+                raise StudyError(
+                    f"{{arms.{name}}} in {cell.arm}: {name} is declared later, or has no run with seed {cell.seed}"
+                    f"{where}; declare it first, with the same seeds"
+                )
+        seen.add((cell.arm, cell.seed))

@@ -35,9 +35,11 @@ from research.data.traces import TraceData
 from research.errors import ConfigError, Preempted
 from research.loops.fit import ReportProgress, StopOnInterrupt, profiler_into
 from research.loops.self_taught_plan import SelfTaughtPlan
+from research.loops.strong_to_weak import StrongToWeakPlan
 from research.loops.training import TrainingRun
 from research.results.record import RunRecord, collect_versions, git_revision, hardware, write_record
 from research.schemas import check_root
+from research.sweeps.preflight_job import preflight_before
 from research.sweeps.secrets import refuse_secrets
 from research.teachers.base import AbstractTeacher
 from research.teachers.cache import CacheWriter
@@ -48,11 +50,18 @@ log = logging.getLogger(__name__)
 
 def train_job(cfg: DictConfig) -> RunRecord:
     """Fit, evaluate, record; the run folder is Hydra's output directory."""
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
     prepare_process(cfg)
+    job = HydraConfig.get()
+    return train_into(Path(job.runtime.output_dir), cfg, list(job.overrides.task))
+
+
+def train_into(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> RunRecord:
+    """The same in a folder of the caller's choice, its own process prepared before; `overrides` are for the record."""
     with _sole_owner(run_dir):
         parts = build(cfg)
         _check_evaluation(cfg, parts)
+        if not str(plain(cfg.loop).get("_target_")).endswith("StrongToWeakPlan"):  # each phase has its own
+            preflight_before(cfg, parts, run_dir)
         run = TrainingRun(
             run_dir=run_dir,
             data=parts.data,
@@ -62,9 +71,9 @@ def train_job(cfg: DictConfig) -> RunRecord:
             variants={name: build_data(cfg, keys) for name, keys in plain(cfg.evaluation.variants).items()},
             config=plain(cfg),
             command="distill train",
-            overrides=list(HydraConfig.get().overrides.task),
+            overrides=overrides,
         )
-        run.loop = _loop(cfg, parts)
+        run.loop = _loop(cfg, parts, overrides)
         interrupt = StopOnInterrupt()
         fast = bool(cfg.trainer.fast_dev_run)
         late: dict[str, Any] = {
@@ -87,13 +96,18 @@ def train_job(cfg: DictConfig) -> RunRecord:
         return record
 
 
-def _loop(cfg: DictConfig, parts: Parts) -> Any:
+def _loop(cfg: DictConfig, parts: Parts, overrides: list[str]) -> Any:
     """What runs several fits where the config asks for it; None for one fit."""
     if not plain(cfg.loop).get("_target_"):
         return None
+    if parts.method.budget is not None:
+        raise ConfigError("budget ends one fit, and this loop runs several; give the loop its steps, or loop=none")
     from research.sweeps.self_taught_job import SelfTaughtLoop
+    from research.sweeps.strong_to_weak_job import StrongToWeakLoop
 
-    plan = expect_kind(make(cfg.loop, "loop"), "loop", SelfTaughtPlan)
+    plan = expect_kind(make(cfg.loop, "loop"), "loop", (SelfTaughtPlan, StrongToWeakPlan))
+    if isinstance(plan, StrongToWeakPlan):
+        return StrongToWeakLoop(cfg, plan, parts.data, overrides, train_into)
     if not isinstance(parts.data, TraceData):
         raise ConfigError("loop=self_taught needs problems with an answer key: data=traces and a task")
     return SelfTaughtLoop(cfg, parts.data, plan)

@@ -15,9 +15,10 @@ from research.data.traces import TraceData, reference_trace
 from research.errors import ConfigError
 from research.generation.in_process import LocalGenerator
 from research.loops.fit import LAST, FitOutcome, KeepLast, StopOnInterrupt, fit
+from research.loops.kept_traces import ORIGINS
 from research.loops.ledger import Ledger, added, ledger_of, nothing
 from research.loops.own_traces import Hints, OwnTraces
-from research.loops.scoring import write_and_grade
+from research.loops.scoring import Scores, write_and_grade
 from research.loops.self_taught import TRACES_FOLDER, Schedule, SelfTaught
 from research.loops.self_taught_plan import SelfTaughtPlan
 from research.methods.base import AbstractMethod
@@ -37,8 +38,7 @@ FOLDER = "self_taught"
 class SelfTaughtLoop:
     """The ``loop`` of a training run: iterations of writing, grading and fine-tuning, each with its own record.
 
-    metrics   ``self_taught/<name>_<iteration>``: accuracy on validation problems, solved and kept problems, the share
-              of kept chains with a wrong step where steps can be checked
+    metrics   see :func:`iteration_metrics`
     """
 
     def __init__(self, cfg: DictConfig, data: TraceData, plan: SelfTaughtPlan) -> None:
@@ -48,6 +48,7 @@ class SelfTaughtLoop:
         self._interrupt: StopOnInterrupt | None = None
         self.metrics: dict[str, float] = {}
         self.ledger: Ledger = {}
+        self.scores: Scores | None = None
 
     def run(self, method: AbstractMethod, interrupt: StopOnInterrupt, run_dir: Path) -> FitOutcome:
         """Run, or go on with, the loop in ``run_dir/self_taught``; the last student's weights end in ``method``."""
@@ -144,15 +145,7 @@ class SelfTaughtLoop:
                 rest = written[name] if name == "tokens" else added(written[name], _negative(prefill))
                 self._add("prompt_prefill", name, prefill)
                 self._add("rollout", name, rest)
-        for record in records:
-            number = f"{record['iteration']:02d}"
-            for name, value in (record["metrics"] or {}).items():
-                self.metrics[f"self_taught/{name.removeprefix('val/')}_{number}"] = float(value)
-            for origin, rate in (record["false_positives"] or {}).items():
-                if isinstance(rate, int | float):
-                    self.metrics[f"self_taught/false_positives_{origin}_{number}"] = float(rate)
-            if record["documents"] is not None:
-                self.metrics[f"self_taught/documents_{number}"] = float(record["documents"])
+        self.metrics = iteration_metrics(records)
 
     def _add(self, part: str, name: str, value: float | None) -> None:
         self.ledger[part][name] = added(self.ledger[part][name], value)
@@ -167,3 +160,24 @@ def _sum(values: Iterable[float | None]) -> float | None:
     for value in values:
         total = added(total, value)
     return total
+
+
+def iteration_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """``self_taught/<name>_<iteration>`` of every iteration's record, ITERATION_KEYS; the base's number is 00.
+
+    accuracy, process_valid_pass_at_1, step_validity   of the iteration's student, on validation problems
+    documents                   traces that it was trained on, anchors included
+    kept_<origin>               of them its writer's own, generated without and rationalised with a hint
+    false_positives_<origin>    share of these whose chain has a wrong step, where steps could be checked; absent where
+                                there was none to check
+    """
+    metrics: dict[str, float] = {}
+    for record in records:
+        found = {name.removeprefix("val/"): value for name, value in (record["metrics"] or {}).items()}
+        found |= {f"kept_{origin}": (record["fates"] or {}).get(origin) for origin in ORIGINS}
+        for origin, checked in (record["false_positives"] or {}).items():
+            found[f"false_positives_{origin}"] = checked["rate"]
+        found["documents"] = record["documents"]
+        number = f"{record['iteration']:02d}"
+        metrics |= {f"self_taught/{name}_{number}": float(value) for name, value in found.items() if value is not None}
+    return metrics

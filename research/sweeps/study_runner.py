@@ -22,7 +22,7 @@ from research.errors import ConfigError, Preempted
 from research.loops.fit import handled
 from research.results.collect import collect
 from research.results.record import read_record
-from research.results.study import Requirement, Study, cells, fill_placeholders, requirements
+from research.results.study import Requirement, Study, cells, fill_placeholders, requirements, stages
 from research.results.study_file import read_study
 from research.schemas import check_root
 from research.sweeps.grammar import quoted
@@ -99,7 +99,10 @@ class StudyRunner:
             while waiting:
                 batch, waiting = self._ready(waiting)
                 self._launch([required[item.name] for item in batch], progress)
-            failures = self._launch(declared, progress, tolerate=True)
+            failures: dict[str, str] = {}
+            for stage in stages(found):
+                keys = {cell.key for cell in stage}
+                failures |= self._launch([job for job in declared if job.name in keys], progress, tolerate=True)
         if not self._extra:  # a trial leaves the study's own results as they are
             collect(self.study, self.runs_dir, self.preset, self._requirement_dirs)
         if failures:
@@ -136,7 +139,7 @@ class StudyRunner:
         return self._job(item.name, item.command, overrides, folder)
 
     def _cell_job(self, cell: Any) -> Job:
-        overrides = [*cell.filled(self._requirement_dirs), *self._extra]
+        overrides = [*cell.filled(self._requirement_dirs, self.runs_dir), *self._extra]
         return self._job(cell.key, "train", overrides, self.runs_dir / cell.key)
 
     def _job(self, name: str, command: str, overrides: Sequence[str], folder: Path) -> Job:

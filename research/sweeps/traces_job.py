@@ -23,6 +23,7 @@ from research.traces.writer import write_traces
 
 log = logging.getLogger(__name__)
 EXPLORER_FILE, TOKENIZER_FOLDER = "explorer.html", "tokenizer"
+UNCHECKED = ("unchecked", "no_chain")  # outcomes that say nothing of a chain
 NOTHING: dict[str, float | None] = {"flops": 0.0, "tokens": 0.0, "seconds": 0.0}
 
 
@@ -81,6 +82,9 @@ def _metrics(parts: Parts, manifest: StoreManifest) -> dict[str, float]:
         ("corruption", tally.corruptions),
     ):
         numbers |= {f"{prefix}_{name}": number for name, number in counts.items()}
+    checked = tally.kept - sum(tally.kept_outcomes.get(name, 0) for name in UNCHECKED)
+    if tally.kept_outcomes and checked:  # what slipped through: kept, and not a right answer at the end of a valid chain
+        numbers["false_positives"] = 1 - tally.kept_outcomes.get("valid_right", 0) / checked
     return {f"traces/{name}": float(value) for name, value in numbers.items()}
 
 

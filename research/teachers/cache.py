@@ -21,6 +21,7 @@ from torch import Tensor
 
 from research.errors import CacheError, ConfigError
 from research.losses.divergences import forward_kl
+from research.losses.signal_divergence import teacher_logits
 from research.records import ClassBatch, DenseLogits, TeacherSignal, TopKLogprobs
 from research.teachers.base import AbstractTeacher, TeacherIdentity
 from research.teachers.manifest import (
@@ -265,7 +266,7 @@ class CachedTeacher(AbstractTeacher):
 
 def _kl_to_stored(dense: DenseLogits, stored: TeacherSignal, temperature: float) -> Tensor:
     """KL(dense teacher || stored signal) per row, nats, both softened: the stored side stands where a student would."""
-    logits_NV = stored.logits_NV if isinstance(stored, DenseLogits) else spread_tail(stored)
+    logits_NV = spread_tail(stored) if isinstance(stored, TopKLogprobs) else teacher_logits(stored)
     return forward_kl(logits_NV.double(), dense.logits_NV.double(), temperature=temperature)
 
 

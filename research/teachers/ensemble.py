@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from research.errors import CheckpointError, ConfigError
+from research.losses.signal_divergence import teacher_logits
 from research.records import Batch, DenseLogits
 from research.teachers.base import AbstractTeacher, TeacherIdentity
 from research.teachers.frozen import FrozenTeacher, LoadedNetwork
@@ -94,7 +95,8 @@ class EnsembleTeacher(AbstractTeacher):
     def _logprobs(self, position: int, batch: Batch) -> Tensor:
         """One member's softened logprobs; a member read for this batch is gone on return, before the next is read."""
         member = self._member(position)
-        return torch.log_softmax(member.to(self._device).signal(batch).logits_NV / self._temperature, dim=-1)
+        logits_NV = teacher_logits(member.to(self._device).signal(batch))
+        return torch.log_softmax(logits_NV / self._temperature, dim=-1)
 
     def _member(self, position: int) -> FrozenTeacher:
         member = FrozenTeacher(self._loaders[position]()) if self._streamed else self._kept[position]

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from research.errors import ConfigError
 from research.models.flops import flops_by_length, flops_per_row, flops_per_row_of
+from research.models.language import AbstractLanguageModel
 from research.models.weights import refuse_zero_weights, weights_sha256
-from research.records import Batch, DenseLogits, TokenBatch
+from research.records import Batch, DenseLogits, HiddenProjection, TokenBatch
 from research.teachers.base import AbstractTeacher, TeacherIdentity
 
 
@@ -29,14 +31,26 @@ class LoadedNetwork:
 
 
 class FrozenTeacher(AbstractTeacher):
-    """`DenseLogits` from a network that this class alone holds.
+    """`DenseLogits` from a network that this class alone holds, or what makes them.
+
+    signal  dense: every logit, in float32; hidden: the last hidden states and the output head of a language model, in
+            its own precision, for a loss that never writes all logits out. Equal but for rounding; in the counts of
+            FLOPs the head is the teacher's either way
 
     The network is switched to eval mode and stripped of gradients once; its hash is taken at construction, so a
     record names exactly the weights that taught. It runs in its own precision, whatever the student trains in, so that
     its signal is the one that a cache of it holds.
     """
 
-    def __init__(self, loaded: LoadedNetwork) -> None:
+    def __init__(self, loaded: LoadedNetwork, signal: Literal["dense", "hidden"] = "dense") -> None:
+        if signal not in ("dense", "hidden"):
+            raise ConfigError(f"teacher.signal is {signal!r}; expected dense or hidden")
+        if signal == "hidden" and not isinstance(loaded.network, AbstractLanguageModel):
+            raise ConfigError(
+                f"teacher.signal is hidden, and {loaded.source} is a {type(loaded.network).__name__}; hidden states "
+                "are given by language models, use signal=dense"
+            )
+        self._hidden = signal == "hidden"
         refuse_zero_weights(loaded.network, loaded.source)
         self._network = loaded.network.eval().requires_grad_(False)
         self._input_shape = loaded.input_shape
@@ -52,14 +66,21 @@ class FrozenTeacher(AbstractTeacher):
         )
 
     @property
+    def network(self) -> nn.Module:
+        """The network itself, in eval mode and without gradients, for whoever has it write."""
+        return self._network
+
+    @property
     def is_language_model(self) -> bool:
         """Whether its rows are documents of any length."""
         return self._input_shape is None
 
     @torch.no_grad()
-    def signal(self, batch: Batch) -> DenseLogits:
+    def signal(self, batch: Batch) -> DenseLogits | HiddenProjection:
         inputs = batch.network_inputs()
         with torch.autocast(inputs[0].device.type, enabled=False):
+            if self._hidden:
+                return self._network.hidden_projection(*inputs)  # type: ignore[operator]
             return DenseLogits(self._network(*inputs).float())
 
     def to(self, device: torch.device | str) -> "FrozenTeacher":

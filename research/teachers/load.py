@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Unpack
+from typing import Literal, Unpack
 
 import torch
 from torch import nn
@@ -32,28 +32,33 @@ from research.teachers.frozen import FrozenTeacher, LoadedNetwork
 NETWORK_FOLDER = "student"
 CHECKPOINT_SUFFIXES = (".ckpt",)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+UNROUNDED = ("float32", "auto")
 PRETRAINED = "research.models.pretrained_language.PretrainedLanguageModel"
 
 
 def load_network(path: str | Path, *, dtype: str = "float32", **facts: Unpack[DataFacts]) -> LoadedNetwork:
     """Read a trained network that fits the facts of the data: inputs and classes, or the tokens of the text.
 
-    dtype  of a Hugging Face language model's weights: float32, bfloat16, float16 or auto (as they are stored)
+    dtype  of a language model's weights. bfloat16, float16: rounded to it; float32 (the default): a Hugging Face
+           folder's in it, a run's as they were trained; auto: as they are stored. A classifier has float32 alone
 
-    Raises CheckpointError naming the path where nothing can be read there, or where the network does not fit.
+    Raises CheckpointError naming the path where nothing can be read there, or where the network does not fit, and
+    ConfigError for a dtype that it cannot have.
     """
     path = Path(path)
+    _check_dtype(dtype, facts)
     if not path.exists():
         raise CheckpointError(
             f"no file or folder {path}; give a run folder, a .ckpt file or a Hugging Face folder, "
             f"or train one into it: distill train experiment=NAME hydra.run.dir={path}"
         )
     if path.suffix in CHECKPOINT_SUFFIXES:
-        return _from_checkpoint(path, facts)
+        return _rounded(_from_checkpoint(path, facts), dtype)
     if (path / NETWORK_FOLDER / ARCHITECTURE_FILE).exists():
-        return _from_folder(path / NETWORK_FOLDER, facts, _training_flops(path / "run.json"))
+        return _rounded(_from_folder(path / NETWORK_FOLDER, facts, _training_flops(path / "run.json")), dtype)
     if (path / ARCHITECTURE_FILE).exists():
-        return _from_folder(path, facts, _training_flops(path.parent / "run.json"))
+        return _rounded(_from_folder(path, facts, _training_flops(path.parent / "run.json")), dtype)
     if (path / "config.json").exists():
         return _from_hugging_face(path, facts, dtype)
     raise CheckpointError(
@@ -62,9 +67,19 @@ def load_network(path: str | Path, *, dtype: str = "float32", **facts: Unpack[Da
     )
 
 
-def frozen(path: str | None, *, dtype: str = "float32", **facts: Unpack[DataFacts]) -> FrozenTeacher:
-    """`teacher=frozen teacher.path=...`: one network, scored live; `dtype` as in :func:`load_network`."""
-    return FrozenTeacher(load_network(_given(path), dtype=dtype, **facts))
+def frozen(
+    path: str | None,
+    *,
+    dtype: str = "float32",
+    signal: Literal["dense", "hidden"] = "dense",
+    **facts: Unpack[DataFacts],
+) -> FrozenTeacher:
+    """`teacher=frozen teacher.path=...`: one network, scored live.
+
+    dtype   as in :func:`load_network`
+    signal  dense, or a language model's hidden states, see :class:`research.teachers.frozen.FrozenTeacher`
+    """
+    return FrozenTeacher(load_network(_given(path), dtype=dtype, **facts), signal)
 
 
 def ensemble(
@@ -101,6 +116,21 @@ def _given(path: str | None) -> str:
             "teacher.path is not set; give the folder of a finished run, a cache, or a Hugging Face folder"
         )
     return str(path)
+
+
+def _check_dtype(dtype: str, facts: DataFacts) -> None:
+    if dtype not in DTYPES:
+        raise ConfigError(f"teacher.dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if "vocab_size" not in facts and dtype not in UNROUNDED:
+        raise ConfigError(f"teacher.dtype is {dtype}, and a classifier runs in float32; leave it out")
+
+
+def _rounded(loaded: LoadedNetwork, dtype: str) -> LoadedNetwork:
+    """Its floating-point parameters in a half precision, where one is asked for; buffers keep theirs."""
+    if dtype not in UNROUNDED:
+        for parameter in loaded.network.parameters():
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    return loaded
 
 
 def _from_folder(folder: Path, facts: DataFacts, training_flops: float | None) -> LoadedNetwork:

@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from research.errors import ConfigError
+from research.text.hub import source_of, why_unread
 
 PAD, EOS = "<pad>", "<eos>"
 FILLER = "."  # what trace_format=filler_then_answer writes in the place of a chain
@@ -98,12 +98,11 @@ def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 def _pretrained(name: str) -> PreTrainedTokenizerFast:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source_of(name), trust_remote_code=False)
     except Exception as error:  # of a dozen kinds: no such folder, no such repository, no network, remote code, ...
-        where = "a folder that holds no readable tokenizer" if Path(name).is_dir() else "no folder"
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"tokenizer={name!r} is neither 'characters' nor 'bpe'; it is {where}, and could not be read from the "
-            f"Hugging Face Hub: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"tokenizer={name!r} is neither 'characters' nor 'bpe'; {why_unread(name)}: {told}"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(

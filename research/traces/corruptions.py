@@ -1,7 +1,8 @@
 """Error channels: chains of :class:`research.tasks.arithmetic.ChainedSums` spoilt in a known way.
 
-They stand in for a teacher whose answers are often right and whose steps are not (claim C22): an answer key lets most
-of these through, a step verifier none.
+Those of STEP_CHANNELS stand in for a teacher whose answers are often right and whose steps are not (claim C22): an
+answer key lets most of these through, a step verifier none. Those of TEXT_CHANNELS leave the sum alone and write
+something else before it, what the curation of R1-like sets removes (claim C23): one channel for each such filter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,8 +50,9 @@ class Corruption:
     seed   every trace draws from its own stream of (seed, index, sample): no other trace changes it
 
     A trace comes back with ``details["corruption"]``: the channel, or "none" where its sum offers nothing to spoil
-    (no carry, a single step, a chain that was not right to begin with). Traces that no channel was drawn for come back
-    as they were. Raises ConfigError for an unknown channel, and for rates outside 0..1 or of sum above 1.
+    (no carry, a single step, a chain that was not right to begin with; for text, no chain at all). Traces that no
+    channel was drawn for come back as they were. Raises ConfigError for an unknown channel, and for rates outside 0..1
+    or of sum above 1.
     """
 
     def __init__(self, rates: Mapping[str, float], seed: int = 0) -> None:
@@ -78,8 +80,10 @@ class Corruption:
 
 def corrupt(trace: Trace, channel: str, draw: Draw) -> Trace:
     """The trace spoilt by one channel; ``draw(n)`` gives a uniform number below n."""
+    if channel in TEXT_CHANNELS:
+        return _with_text(trace, channel, draw)
     known = read_sum(trace)
-    spoilt = CHANNELS[channel](known, draw) if known is not None else None
+    spoilt = STEP_CHANNELS[channel](known, draw) if known is not None else None
     if known is None or spoilt is None:
         return replace(trace, details={**trace.details, DETAIL: UNTOUCHED})
     steps, result = spoilt
@@ -156,13 +160,33 @@ def lost_carry(known: Sum, draw: Draw) -> Spoilt:
     return None if totals == list(known.totals) else (_written(known, totals), totals[-1])
 
 
-CHANNELS: dict[str, Callable[[Sum, Draw], Spoilt]] = {
+STEP_CHANNELS: dict[str, Callable[[Sum, Draw], Spoilt]] = {
     "wrong_step": wrong_step,
     "compensating_pair": compensating_pair,
     "skipped_step": skipped_step,
     "lucky_guess": lucky_guess,
     "lost_carry": lost_carry,
 }
+# what is written before the first step; none of it holds a mark of the template `plain`, or of a step
+TEXT_CHANNELS: dict[str, tuple[str, ...]] = {
+    "foreign_text": ("我们来算一下", "Сейчас посчитаем"),
+    "code_block": ("```\nprint(sum(terms))\n```", "```python\ntotal + term\n```"),
+    "long_paragraph": (
+        "let us add one number after the other, keep the total in mind, and look at it once more before the answer",
+        "first the problem is read from left to right, then every sign is looked at, and only then is anything added",
+    ),
+    "loop": ("hm " * 20 + "now", "ok, " * 14 + "now"),
+}
+CHANNELS: tuple[str, ...] = (*STEP_CHANNELS, *TEXT_CHANNELS)
+
+
+def _with_text(trace: Trace, channel: str, draw: Draw) -> Trace:
+    """The trace with one of the channel's texts as a step of its own before its chain; right or wrong as it was."""
+    if not trace.chain.strip():
+        return replace(trace, details={**trace.details, DETAIL: UNTOUCHED})
+    texts = TEXT_CHANNELS[channel]
+    chain = f"{texts[draw(len(texts))]}{STEP_SEPARATOR}{trace.chain}"
+    return replace(trace, chain=chain, details={**trace.details, DETAIL: channel})
 
 
 def _written(known: Sum, totals: Sequence[int]) -> list[str]:

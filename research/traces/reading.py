@@ -16,9 +16,9 @@ FILES = (".jsonl", ".jsonl.gz")
 def read_traces(path: Path, num: int | None = None, *, allow_empty_chain: bool = False) -> list[Trace]:
     """The first ``num`` kept traces of a store, or good rows of a ``.jsonl`` or ``.jsonl.gz`` file; None: all.
 
-    A source with fewer gives those it has. ``allow_empty_chain``: rows of a file that hold an answer alone are good ones;
-    a store holds what it was written with. Bad rows of a file are counted by reason in a warning. Raises ConfigError
-    where the path is neither, or gives no trace at all; StoreError where it is damaged or not finished.
+    A source with fewer gives those it has. ``allow_empty_chain``: rows of a file that hold an answer alone are good
+    ones; a store holds what it was written with. Bad rows of a file are counted by reason in a warning. Raises
+    ConfigError where the path is neither, or gives no trace at all; StoreError where it is damaged or not finished.
     """
     if path.is_dir():
         return list(islice(TraceStore(path).traces(), num))

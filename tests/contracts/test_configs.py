@@ -150,6 +150,8 @@ def needs(
         match choice:
             case "teacher/frozen":
                 return [f"teacher.path='{digits_teacher}'"]
+            case "teacher/served":
+                return [*text(group), "teacher.base_url='http://127.0.0.1:8000/v1'", "teacher.model=tiny"]
             case "teacher/cached":
                 return [f"teacher.path='{cache()}'"]
             case "teacher/ensemble":
@@ -375,7 +377,7 @@ def test_p112_every_run_of_every_study_composes(name: str) -> None:
     study = read_study(REPOSITORY / "experiments" / name)
     folders = {required: f"/nowhere/{required}" for required in study.requires}
     for (command, _), cell in runs_of(study).items():
-        cfg = composed(command, *cell.filled(folders))
+        cfg = composed(command, *cell.filled(folders, "/nowhere/runs"))
         check_nodes(cfg)
         if command == "traces":
             build_filters(plain(cfg)["filters"], evaluation_texts=[])

@@ -4,7 +4,7 @@ import dataclasses
 
 from research.commands.main import COMMANDS
 from research.evaluation.evaluate import ITEM_COLUMNS, METRIC_NAMES
-from research.evaluation.sequences import GREEDY_NAMES, SAMPLED_NAMES, SEQUENCE_ITEM_COLUMNS
+from research.evaluation.sequences import GREEDY_NAMES, SAMPLED_ITEM_COLUMNS, SAMPLED_NAMES, SEQUENCE_ITEM_COLUMNS
 from research.evaluation.token_loss import TOKEN_METRIC_NAMES
 from research.loops.self_taught import ITERATION_KEYS
 from research.losses.divergences import DIVERGENCES
@@ -19,12 +19,16 @@ ROOT_KEYS = {
     "train": {
         "name", "seed", "data", "task", "template", "student", "teacher", "reference", "signal_transform", "method",
         "optimizer", "scheduler", "loop", "trainer", "logger", "paths", "evaluation", "ckpt_path", "monitor", "compile",
-        "threads", "keep_checkpoints", "tags",
+        "threads", "keep_checkpoints", "tags", "budget", "checkpoint_steps",
+        "preflight", "preflight_problems",
     },
     "cache": {
         "name", "seed", "data", "teacher", "paths", "cache_dir", "split", "top_k", "dtype", "shard_rows", "threads",
     },
-    "evaluate": {"name", "seed", "run", "split", "data", "reference", "batch_size", "sampling", "paths"},
+    "evaluate": {
+        "name", "seed", "run", "split", "data", "reference", "batch_size", "sampling", "preflight",
+        "preflight_problems", "teacher", "paths",
+    },
     "traces": {
         "name", "seed", "source", "task", "template", "teacher", "generator", "data", "sampling", "filters",
         "corruption", "store", "keep_dropped", "block_problems", "explorer", "paths", "threads",
@@ -97,6 +101,7 @@ def test_metric_names_of_sequences() -> None:
         "index", "label", "prediction", "verdict", "answer", "gold", "completion", "tokens", "stop", "chain_valid",
         "num_steps", "num_valid", "outcome", "level",
     )  # fmt: skip
+    assert SAMPLED_ITEM_COLUMNS == ("num_samples", "num_right")
     assert ITERATION_KEYS == (
         "iteration", "steps", "init", "init_sha256", "writer_sha256", "student_sha256", "num_problems", "fates",
         "first_try", "hinted_try", "false_positives", "writer_accuracy", "by_level", "documents", "tokens", "metrics",

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from research.methods.soft_target import SoftTarget
 from research.methods.supervised import Supervised
 from research.models.build import build_network, describe
 from research.models.weights import save_network
-from research.records import ClassBatch, DenseLogits, TeacherSignal, TopKLogprobs
+from research.records import ClassBatch, DenseLogits, TeacherSignal, TokenBatch, TopKLogprobs
 from research.teachers.base import AbstractTeacher
 from research.teachers.cache import CachedTeacher, CacheFingerprint, CacheWriter
 from research.teachers.load import cached, ensemble, frozen
+from research.teachers.served import ServedTeacher
+from research.teachers.top_k import keep_top_k
 from research.teachers.transforms import PermutedWrongClasses, VirtualTeacher
+from research.text.document import Document, collate
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FACTS: dict[str, Any] = {"input_shape": (64,), "num_classes": 10}
@@ -302,3 +306,94 @@ def test_p26_a_cache_refuses_a_view_and_the_others_do_not(teacher: AbstractTeach
     else:
         teacher.connect(jittered)
         teacher.signal(next(batches(jittered)))
+
+
+# -- teachers of text -------------------------------------------------------------------------------------------------
+
+TEXT_FACTS: dict[str, Any] = {"vocab_size": 20, "eos_token_id": 1, "pad_token_id": 0, "tokenizer_sha256": None}
+LANGUAGE = {
+    "_target_": "research.models.language.LanguageModel",
+    "architecture": "llama",
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "initializer_range": 0.5,
+}
+TOP_K = 5
+MakeText = Callable[[str, str], AbstractTeacher]
+TEXT_TEACHERS: dict[str, MakeText] = {
+    "frozen": lambda path, url: frozen(path, **TEXT_FACTS),
+    "ensemble": lambda path, url: ensemble([path], **TEXT_FACTS),
+    "served_vllm": lambda path, url: ServedTeacher(url, "tiny", top_k=TOP_K, protocol="vllm", **TEXT_FACTS),
+    "served_sglang": lambda path, url: ServedTeacher(url, "tiny", top_k=TOP_K, protocol="sglang", **TEXT_FACTS),
+}
+
+
+@pytest.fixture(scope="module")
+def text_sources(logprob_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, tuple[str, str]]]:
+    """The same two networks, in a folder each and behind a server each: seed -> (folder, address)."""
+    made = {}
+    with ExitStack() as stack:
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            network, folder = build_network(LANGUAGE, **TEXT_FACTS), tmp_path_factory.mktemp("text")
+            save_network(folder, network, describe(LANGUAGE, **TEXT_FACTS))
+            server = stack.enter_context(logprob_server.serving(partial(logits_of, network.eval())))
+            server.card["root"] = str(seed)
+            made[seed] = (str(folder), server.base_url)
+        yield made
+
+
+def logits_of(network: nn.Module, ids: list[int]) -> torch.Tensor:
+    ids_BT = torch.tensor([ids])
+    return network(ids_BT, torch.arange(len(ids))[None], torch.ones_like(ids_BT))[0]
+
+
+@pytest.fixture(params=TEXT_TEACHERS)
+def text_kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def text_batch(packed_to: int | None = None, order: int = 1) -> TokenBatch:
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, 20, (length,), generator=draw).tolist() for length in (4, 7, 5, 9)]
+    documents = [Document(tuple(row), 2, index) for index, row in enumerate(rows)]
+    return collate(documents[::order], prompt_loss_weight=0.0, pad_id=0, packed_to=packed_to)
+
+
+def told(teacher: AbstractTeacher, batch: TokenBatch) -> torch.Tensor:
+    """Logprobs at the places of the completions: the likeliest five and the rest."""
+    signal = teacher.signal(batch).at(batch.completion_BT)
+    cut = keep_top_k(signal, TOP_K) if isinstance(signal, DenseLogits) else signal
+    assert isinstance(cut, TopKLogprobs) and cut.num_classes == teacher.num_classes == 20
+    return torch.cat([cut.ids_NK.double(), cut.logprobs_NK.double(), cut.tail_logprob_N[:, None].double()], dim=-1)
+
+
+def test_teachers_of_text_say_the_same_of_one_network(text_kind: str, text_sources: dict[int, tuple[str, str]]) -> None:
+    """Whatever row a place stands in; twice the same; without gradient or random numbers; unmoved by autocast."""
+    teacher, batch = TEXT_TEACHERS[text_kind](*text_sources[1]), text_batch()
+    before, reference = torch.get_rng_state(), told(TEXT_TEACHERS["frozen"](*text_sources[1]), batch)
+    with torch.enable_grad():
+        first = told(teacher, batch)
+    torch.testing.assert_close(first, reference, atol=1e-4, rtol=0)
+    assert not first.requires_grad and torch.equal(told(teacher, batch), first)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(told(teacher, batch), first)
+    by_length = [
+        rows.sort(dim=0).values.sum() for rows in (told(teacher, text_batch(20)), told(teacher, text_batch(order=-1)))
+    ]
+    torch.testing.assert_close(torch.stack(by_length), first.sum().expand(2), atol=1e-3, rtol=0)
+
+
+def test_another_teacher_of_text_says_something_else_and_is_somebody_else(
+    text_kind: str, text_sources: dict[int, tuple[str, str]]
+) -> None:
+    one, two = (TEXT_TEACHERS[text_kind](*text_sources[seed]) for seed in (1, 2))
+    assert float((told(one, text_batch()) - told(two, text_batch())).abs().max()) > 0.1
+    mark = one.identity
+    assert mark == TEXT_TEACHERS[text_kind](*text_sources[1]).identity and mark.sha256 != two.identity.sha256
+    assert mark.kind == text_kind.split("_")[0] and len(mark.sha256) == 64
+    assert json.loads(json.dumps(mark.details)) == mark.details
+    assert not isinstance(one, nn.Module) and type(one).__bases__ == (AbstractTeacher,)
+    assert one.to("cpu") is one and (one.flops_of(text_batch()) > 0) == (mark.kind != "served")

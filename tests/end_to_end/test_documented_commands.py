@@ -25,7 +25,9 @@ def shell_lines(path: Path) -> Iterator[str]:
 
 
 def documents() -> list[Path]:
-    return sorted([REPOSITORY / "README.md", *REPOSITORY.glob("*.md"), *REPOSITORY.glob("experiments/*/README.md")])
+    return sorted(
+        {*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("experiments/*/README.md")}
+    )
 
 
 def documented() -> Iterator[tuple[str, str]]:

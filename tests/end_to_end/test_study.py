@@ -265,3 +265,16 @@ def run_slowly(console: Path, place: Place) -> Iterator["subprocess.Popen[str]"]
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+def test_an_arm_goes_on_from_the_weights_of_another(place: Place, study: Callable[..., Any]) -> None:
+    longer = """  longer: ["student.hidden=[8]", "init_from='{arms.hard}'", optimizer.lr=0.0]\nseeds: [0, 1]"""
+    place.write(STUDY.replace("seeds: [0, 1]", longer))
+    done = study()
+    assert done.code == 0, done.err
+    for seed in (0, 1):
+        start, longer = (read_record(place.record(f"{arm}/seed={seed}")) for arm in ("hard", "longer"))
+        assert longer.student["sha256"] == start.student["sha256"], "a rate of 0 leaves the weights it began with"
+        assert longer.started_at >= start.started_at
+    records = (place.folder / "records.jsonl").read_text()
+    assert "init_from='{runs}/hard/seed=1'" in records and str(place.root) not in records

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,12 @@ def test_a_run_leaves_graded_items_and_samples(run: Path) -> None:
     samples, sampling = read_samples(run / record.artifacts["samples/test"])
     assert sampling == Sampling(4, 0.7, 1.0, 16, 0)
     assert Counter(samples["index"].tolist()) == dict.fromkeys(range(50), 4)
+    right_samples = Counter(samples["index"][samples["verdict"] == "correct"].tolist())
+    assert items["num_samples"].tolist() == [4] * 50
+    assert items["num_right"].tolist() == [right_samples[index] for index in range(50)] and right_samples.total() > 0
+    for k, name in ((1, "test/sampled_pass_at_1"), (2, "test/sampled_pass_at_2"), (4, "test/sampled_pass_at_4")):
+        passed = [1 - comb(4 - int(count), k) / comb(4, k) for count in items["num_right"]]
+        assert record.metrics[name] == pytest.approx(sum(passed) / 50), "pass@k follows from the items alone"
     solved = [verdict.value == "correct" for verdict in regrade(grader, problems, samples)]
     assert record.metrics["test/sampled_pass_at_1"] == pytest.approx(sum(solved) / 200)
     any_of_4 = sum(any(solved[first : first + 4]) for first in range(0, 200, 4))
@@ -129,6 +136,23 @@ def test_evaluate_poses_longer_problems(run: Path, distill: Distill, tmp_path: P
     assert "nearest valid: task.num_terms" in distill("evaluate", str(run), "+data.task.num_term=4", cwd=tmp_path).error
 
 
+def test_a_run_is_scored_again_without_the_store_that_its_tokenizer_was_trained_on(
+    distill: Distill, tmp_path: Path
+) -> None:
+    rows = [{"problem": p.text, "chain": p.chain, "answer": p.answer} for p in TASK.problems("train", 60)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ("data.store=mine.jsonl", "data.tokenizer=bpe", "data.vocab_size=300", "data.num_test=5")
+    done = distill("train", *SMOKE, *own, "hydra.run.dir=run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    (tmp_path / "mine.jsonl").unlink()
+    done = distill("evaluate", "run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    told = json.loads((tmp_path / "run" / "evaluation_test.json").read_text())
+    trained = read_record(tmp_path / "run" / "run.json").metrics
+    assert told["metrics"] and told["metrics"] == {name: trained[name] for name in told["metrics"]}
+    assert told["data"] == {}, "what the run itself has is no change"
+
+
 def test_a_variant_poses_longer_problems(distill: Distill, tmp_path: Path) -> None:
     longer = ("+evaluation.variants.longer.task.num_terms=4", "+evaluation.variants.longer.num_test=5")
     done = distill("train", *SMOKE, *longer, "data.num_test=4", "hydra.run.dir=run", cwd=tmp_path)
@@ -141,14 +165,29 @@ def test_a_variant_poses_longer_problems(distill: Distill, tmp_path: Path) -> No
 
 
 def test_a_self_taught_run_leaves_its_iterations(distill: Distill, tmp_path: Path) -> None:
-    loop = ("loop=self_taught", "loop.iterations=2", "loop.first_steps=2", "loop.num_problems=12", "loop.num_anchors=8")
-    done = distill("train", *SMOKE, *loop, "data.num_test=6", "data.batch_size=8", "hydra.run.dir=run", cwd=tmp_path)
+    loop = (
+        "loop=self_taught", "loop.iterations=2", "loop.first_steps=40", "loop.num_problems=40", "loop.num_anchors=160",
+        "data.num_test=6",
+    )  # fmt: skip
+    done = distill("train", *SMALL, *loop, "hydra.run.dir=run", cwd=tmp_path)
     assert done.code == 0, done.err
     record = read_record(tmp_path / "run" / "run.json")
     numbers = {name.rpartition("_")[2] for name in record.metrics if name.startswith("self_taught/accuracy_")}
     assert record.status == "completed" and len(numbers) >= 2 and record.metrics["test/problems"] == 6
-    assert record.metrics[f"self_taught/documents_{max(numbers)}"] >= 8
-    assert record.ledger["rollout"]["tokens"] > 0 and record.ledger["student_update"]["tokens"] > 0
+    assert record.metrics[f"self_taught/documents_{max(numbers)}"] > 160, "anchors, and what the student solved"
+    lines = (tmp_path / "run" / "self_taught" / "iterations.jsonl").read_text().splitlines()
+    told = {f"{line['iteration']:02d}": line["false_positives"] for line in map(json.loads, lines[1:])}
+    rates = {f"self_taught/false_positives_{origin}_{number}": of["rate"]
+             for number, by_origin in told.items() for origin, of in by_origin.items()}  # fmt: skip
+    rates = {name: rate for name, rate in rates.items() if rate is not None}
+    assert rates and rates == {n: value for n, value in record.metrics.items() if "false_positives" in n}
+    ledger, posed = record.ledger, TASK.problems("train", 200)[160:]
+    assert ledger["rollout"]["tokens"] > 0 and ledger["student_update"]["tokens"] > 0
+    assert ledger["prompt_prefill"]["tokens"] == 2 * sum(len(f"{problem.text}=") for problem in posed)
+    assert 0 < ledger["prompt_prefill"]["flops"] and 0 < ledger["rollout"]["flops"]
+    parts = ("prompt_prefill", "rollout", "student_update")
+    assert all(ledger[part]["seconds"] > 0 for part in parts)
+    assert sum(ledger[part]["seconds"] for part in parts) < record.wall_s
 
 
 def test_traces_of_a_run_teach_the_next(run: Path, distill: Distill, tmp_path: Path) -> None:

@@ -313,6 +313,21 @@ def test_flops_are_those_of_torchs_counter(family: str, language_model: Build, s
     assert after.seconds > 0
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_prompts_pass_is_told_apart(family: str, language_model: Build, spelled: Any) -> None:
+    model = language_model(family, attn_implementation="eager")
+    generator = LocalGenerator(model, spelled, eos_ids=())
+    list(generator.generate(prompts_of((1, 1, 1)), Sampling(2, 1.0, 1.0, 9, 0)))
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.zeros(3, 1, dtype=torch.int64), logits_to_keep=1)
+    spent = generator.spent
+    prefill, rollout = spent.prefill(), spent.rollout()
+    assert prefill["flops"] == counter.get_total_flops() and prefill["tokens"] == 3
+    assert rollout["tokens"] == 3 * 2 * 9 and rollout["flops"] == spent.flops - counter.get_total_flops() > 0
+    assert 0 < prefill["seconds"] < spent.seconds and rollout["seconds"] == spent.seconds - prefill["seconds"]
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 

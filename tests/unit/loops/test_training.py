@@ -52,7 +52,7 @@ def make_run(
 ) -> TrainingRun:
     training = Training(make_network(), partial(torch.optim.Adam, lr=lr), None, describe(MLP, **FACTS))
     method: AbstractMethod = Supervised(training) if teacher is None else SoftTarget(training, teacher, temperature=2.0)
-    evaluation = {"splits": ["test"], "weights": "last", "batch_size": 100, "bias_classes": []}
+    evaluation = {"splits": ["test"], "weights": "last", "batch_size": 100, "bias_classes": [], "val_problems": 0}
     plain: dict[str, Any] = {"name": "run", "seed": 3, "ckpt_path": None, "keep_checkpoints": True, "trainer": {}}
     return TrainingRun(
         run_dir=folder,
@@ -193,10 +193,12 @@ def test_seconds_go_on_from_those_of_the_checkpoint(tmp_path: Path, teacher_fold
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["spent"]["seconds"] > checkpoint["spent"]["teacher_seconds"] > 0
-    checkpoint["spent"] |= {"seconds": 5000.0, "teacher_seconds": 2000.0}
+    checkpoint["spent"] |= {"seconds": 5000.0, "teacher_seconds": 2000.0, "validation_seconds": 1000.0}
+    checkpoint["spent"]["rollout"] |= {"seconds": 500.0, "prompt_seconds": 100.0}
     torch.save(checkpoint, path)
     ledger = go(make_run(tmp_path / "run", teacher, ckpt_path="last")).ledger
-    assert 3000 < ledger["student_update"]["seconds"] < 3100 and 2000 < ledger["teacher_scoring"]["seconds"] < 2100
+    assert 1500 < ledger["student_update"]["seconds"] < 1600 and 2000 < ledger["teacher_scoring"]["seconds"] < 2100
+    assert ledger["rollout"]["seconds"] == 400 and ledger["prompt_prefill"]["seconds"] == 100
 
 
 def test_a_checkpoint_of_another_architecture_is_recorded_and_named(tmp_path: Path) -> None:
@@ -269,7 +271,8 @@ def test_p122_the_ledger_of_hard_labels(tmp_path: Path) -> None:
     update = ledger["student_update"]
     assert update["tokens"] == EPOCHS * ROWS and update["flops"] == EPOCHS * ROWS * UPDATE and update["seconds"] > 0
     nothing = {"flops": 0.0, "tokens": 0.0, "seconds": 0.0}
-    assert ledger["teacher_scoring"] == ledger["teacher_training"] == ledger["rollout"] == nothing
+    for part in ("teacher_scoring", "teacher_training", "rollout", "prompt_prefill"):
+        assert ledger[part] == nothing, part
 
 
 def test_p122_the_ledger_of_a_live_teacher(tmp_path: Path, teacher_folder: Path) -> None:

@@ -1,7 +1,9 @@
 """A small student, a small teacher and a quiet trainer, on the digits: what the tests of methods share."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,6 +111,16 @@ def make_kit() -> SimpleNamespace:
         "make_teacher", "make_trainer", "make_training",
     )  # fmt: skip
     return SimpleNamespace(**{name: globals()[name] for name in names})
+
+
+@pytest.fixture(scope="session")
+def words() -> Any:
+    """The module ``own_words_kit.py`` beside this file: students that write, and what they need."""
+    spec = importlib.util.spec_from_file_location("own_words_kit", Path(__file__).with_name("own_words_kit.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
@@ -164,6 +165,60 @@ def test_p81_a_kill_loses_the_steps_since_the_last_epoch(
         trainer.fit(method, datamodule=make_data())
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == STEPS_PER_EPOCH
     assert_goes_on_exactly(kit, uninterrupted, tmp_path, 1)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize(("boom_step", "saved_step"), [(2, None), (3, 2), (4, 2), (5, 4), (6, 5), (8, 6), (9, 8)])
+def test_p81_a_kill_within_an_epoch_loses_few_steps(
+    kit: SimpleNamespace, uninterrupted: Any, tmp_path: Path, micro_batches: int, boom_step: int, saved_step: int | None
+) -> None:
+    """last.ckpt after every second step of ten and after both epochs; killed within the step of that number."""
+
+    class KeepNoException(KeepLast):
+        def on_exception(self, *_: Any) -> None:
+            pass
+
+    keep = KeepNoException(tmp_path, every_n_steps=2)
+    trainer = kit.make_trainer(
+        max_epochs=EPOCHS, accumulate_grad_batches=micro_batches, enable_checkpointing=True, callbacks=[keep]
+    )
+    method = make(kit).arm(boom_step * micro_batches, Boom())
+    torch.manual_seed(7)
+    with pytest.raises(Boom):
+        trainer.fit(method, datamodule=make_data())
+    last = tmp_path / "last.ckpt"
+    found = torch.load(last, weights_only=True)["global_step"] if last.exists() else None
+    assert found == saved_step and [path.name for path in tmp_path.iterdir()] == ["last.ckpt"] * last.exists()
+    assert_goes_on_exactly(kit, uninterrupted, tmp_path, micro_batches)
+
+
+def test_steps_are_logged_under_their_own_numbers_after_a_resume(kit: SimpleNamespace, tmp_path: Path) -> None:
+    """The loop's own count of steps for loggers, which a checkpoint within an epoch must not move."""
+
+    class Steps(L.Callback):
+        def __init__(self, boom: int | None = None) -> None:
+            self.boom, self.seen = boom, []
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            self.seen.append((trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped))
+            if trainer.global_step == self.boom:
+                raise Boom
+
+    class KeepNoException(KeepLast):
+        def on_exception(self, *_: Any) -> None:
+            pass
+
+    steps = {}
+    for name, boom, ckpt_path in (("whole", None, None), ("cut", 4, None), ("resumed", None, tmp_path / "last.ckpt")):
+        steps[name] = Steps(boom)
+        folder = tmp_path / "whole" if name == "whole" else tmp_path
+        callbacks = [KeepNoException(folder, every_n_steps=2), steps[name]]
+        trainer = kit.make_trainer(max_epochs=EPOCHS, enable_checkpointing=True, callbacks=callbacks)
+        try:
+            trainer.fit(make(kit), datamodule=make_data(), ckpt_path=ckpt_path, weights_only=True)
+        except Boom:
+            assert name == "cut"
+    assert steps["resumed"].seen == steps["whole"].seen[2:]
 
 
 KILLED = f"""

@@ -10,6 +10,7 @@ from research.results.comparison_spec import OPERANDS, ComparisonSpec, OperandSp
 from research.results.fields import StudyError
 from research.results.items import StudyItems
 from research.results.panel import Panel
+from research.results.readme import sentence_for
 from research.results.statistics import smallest_p
 from research.results.study import Cell
 
@@ -62,6 +63,51 @@ def test_difference_is_positive_where_the_treatment_is_better(lower: bool, sign:
     assert result.high - result.low == pytest.approx(2 * half, rel=0.15)
     assert result.low < sign * d.mean() < result.high
     assert result.unit == "errors" and "seeds only" in result.test
+
+
+GAINS = {  # errors by (arm, terms), one for each of six seeds
+    ("answer", "2"): [20.0, 22.0, 19.0, 21.0, 23.0, 20.0],
+    ("chain", "2"): [10.0, 11.0, 12.0, 10.0, 11.0, 9.0],
+    ("answer", "8"): [700.0, 705.0, 690.0, 710.0, 702.0, 695.0],
+    ("chain", "8"): [40.0, 60.0, 30.0, 55.0, 45.0, 35.0],
+}
+
+
+def _interaction(lower: bool = True, **changes: object) -> tuple[ComparisonSpec, Panel]:
+    cells = _cells({arm: [{"terms": "2"}, {"terms": "4"}, {"terms": "8"}] for arm in ("answer", "chain")}, 6)
+    values = {cell.key: GAINS.get((cell.arm, cell.factors["terms"]), [9e9] * 6)[cell.seed] for cell in cells}
+    spec = _spec("interaction", lower, baseline="answer", treatment="chain", group="terms", low_group="2", **changes)
+    panel = Panel(cells, {key: {"metrics": {METRIC: value}} for key, value in values.items()})
+    return dataclasses.replace(spec, high_group="8"), panel
+
+
+@pytest.mark.parametrize(("lower", "sign"), [(True, 1), (False, -1)])
+def test_an_interaction_is_the_difference_of_two_differences_seed_by_seed(lower: bool, sign: int) -> None:
+    gains = [np.subtract(GAINS["answer", terms], GAINS["chain", terms]) for terms in ("2", "8")]
+    d = sign * (gains[1] - gains[0])
+    result = compare(*_interaction(lower))
+    assert result.estimate == pytest.approx(d.mean()) and result.n == 6
+    assert result.p_value == result.smallest_p == pytest.approx(2 / 64)
+    half = 2.5706 * d.std(ddof=1) / np.sqrt(6)
+    assert result.high - result.low == pytest.approx(2 * half, rel=0.2) and result.low < d.mean() < result.high
+    verdict = verdict_for("interaction", low=result.low, high=result.high, p_value=result.p_value, n=6)[0]
+    assert verdict == ("HOLDS" if lower else "FAILS")
+    beyond = compare(*_interaction(lower, threshold=float(d.mean())))
+    assert beyond.p_value > 0.4, "the test asks for more than the threshold"
+    assert verdict_for("interaction", low=1.0, high=2.0, p_value=1 / 32, n=5)[0] == "INCONCLUSIVE"
+
+
+def test_an_interaction_is_told_in_words() -> None:
+    spec, panel = _interaction()
+    told = sentence_for(spec, compare(spec, panel), "HOLDS", "")
+    assert told.startswith("in errors, chain is better than answer by 645.8 more at terms 8 than at terms 2 (95 %")
+
+
+def test_an_interaction_that_lacks_a_run_names_it() -> None:
+    spec, panel = _interaction()
+    records = {key: record for key, record in panel.records.items() if key != "chain/terms=8/seed=3"}
+    result = compare(spec, Panel(panel.cells, records))
+    assert result.n == 5 and result.missing == ("chain/terms=8/seed=3",)
 
 
 def test_share_of_the_gap_with_a_requirement_a_number_and_an_arm() -> None:

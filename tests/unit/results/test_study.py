@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from research.results.fields import StudyError
-from research.results.study import cells, fill_placeholders, requirements
+from research.results.study import cells, fill_placeholders, requirements, stages
 from research.results.study_file import STUDY_KEYS, read_study
 
 FACTORS_TEXT = """
@@ -160,9 +160,78 @@ def test_broken_factors_and_levels_are_refused_by_name(workshop, old: str, new: 
     assert "study.yaml" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("baseline: hard, low_group: 30, high_group: 31", r"comparison.high_group is 31"),
+        ("baseline: hard, low_group: 30, high_group: 30", r"high_group is 30; .*'width' other than low_group"),
+        ("baseline: 3, low_group: 30, high_group: 300", r"baseline is 3; .*an arm whose 'width' is left open"),
+        ("baseline: hard, low_group: 30, high_group: 300, where: {width: 30}", r"an arm whose 'width' is left open"),
+        ("baseline: hard, low_group: 30", r"comparison.high_group is "),
+    ],
+)
+def test_interactions_that_compare_nothing_are_refused(workshop, given: str, message: str) -> None:
+    declared = FACTORS_TEXT.partition("comparison: ")[2].partition("\n")[0]
+    asked = f"{{kind: interaction, treatment: soft, group: width, {given}}}"
+    with pytest.raises(StudyError, match=message):
+        workshop.study(FACTORS_TEXT.replace(declared, asked), "grid")
+
+
 def test_a_folder_without_a_study_is_named(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"study\.yaml: no such file"):
         read_study(tmp_path)
     (tmp_path / "study.yaml").write_text("- a\n")
     with pytest.raises(StudyError, match="expected a mapping"):
         read_study(tmp_path)
+
+
+CHAIN = """
+study: chain
+claim: C31
+question: Does it pay to go on?
+arms:
+  start: [experiment=a]
+  longer: ["init_from='{arms.start}'"]
+  longest: ["init_from='{arms.longer}'", "teacher.path='{arms.start}'"]
+  apart: [experiment=b]
+seeds: [0, 3]
+metric: test/errors
+lower_is_better: true
+comparison: {kind: difference, baseline: start, treatment: longest}
+"""
+
+
+def test_an_arm_goes_on_from_another_arm_s_run_of_the_same_seed(workshop) -> None:
+    found = cells(workshop.study(CHAIN, "chain"))
+    last = next(cell for cell in found if cell.arm == "longest" and cell.seed == 3)
+    assert last.needs == {"start", "longer"}
+    assert last.filled({}, "/runs") == [
+        "init_from='/runs/longer/seed=3'", "teacher.path='/runs/start/seed=3'", "seed=3",
+    ]  # fmt: skip
+
+
+def test_stages_run_what_is_gone_on_from_first(workshop) -> None:
+    found = stages(cells(workshop.study(CHAIN, "chain")))
+    assert [[cell.key for cell in stage] for stage in found] == [
+        ["start/seed=0", "start/seed=3", "apart/seed=0", "apart/seed=3"],
+        ["longer/seed=0", "longer/seed=3"],
+        ["longest/seed=0", "longest/seed=3"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("{arms.start}'\"]\n  longest", "{arms.strat}'\"]\n  longest", "names no arm; did you mean 'start'"),
+        ("start: [experiment=a]", "start: [\"init_from='{arms.apart}'\"]", "apart is declared later"),
+        (
+            "apart: [experiment=b]",
+            "apart: {overrides: [\"init_from='{arms.start}'\"], seeds: [7]}",
+            "no run with seed 7",
+        ),
+    ],
+)
+def test_an_arm_that_cannot_be_gone_on_from_is_refused(workshop, old: str, new: str, told: str) -> None:
+    assert old in CHAIN
+    with pytest.raises(StudyError, match=told):
+        workshop.study(CHAIN.replace(old, new), "chain")

@@ -105,7 +105,7 @@ def test_remote_code_is_never_run(tmp_path: Path) -> None:
     )
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.C"}}))
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Mine: pass\nclass C: pass")
-    with pytest.raises(ConfigError, match="is a folder that holds no readable tokenizer"):
+    with pytest.raises(ConfigError, match="'bpe'; it is a folder that holds nothing readable"):
         build_tokenizer(str(tmp_path))
     assert not (tmp_path / "ran").exists()
 
@@ -119,5 +119,5 @@ def test_what_cannot_be_built_says_why(tmp_path: Path) -> None:
         build_tokenizer("bpe", texts=SENTENCES, vocab_size=257)
     with pytest.raises(ConfigError, match=r"neither 'characters' nor 'bpe'; it is no folder"):
         build_tokenizer(str(tmp_path / "absent"))
-    with pytest.raises(ConfigError, match="a folder that holds no readable tokenizer"):
+    with pytest.raises(ConfigError, match="it is a folder that holds nothing readable"):
         build_tokenizer(str(tmp_path))

@@ -9,7 +9,10 @@ from research.errors import ConfigError
 from research.records import Problem, Trace, Verdict
 from research.tasks.arithmetic import ChainedSums
 from research.tasks.base import StepReport
-from research.traces.corruptions import CHANNELS, Corruption, corrupt, read_sum
+from research.text.templates import Plain
+from research.traces.candidates import Candidate
+from research.traces.corruptions import CHANNELS, STEP_CHANNELS, TEXT_CHANNELS, Corruption, corrupt, read_sum
+from research.traces.filters import FILTERS
 
 TASKS = [
     ChainedSums(),
@@ -107,7 +110,39 @@ def test_a_compensating_pair_by_hand() -> None:
     assert changed.chain == "00;31;20;14" and changed.answer == "14"
 
 
-@pytest.mark.parametrize("channel", CHANNELS)
+FILTER_OF = {
+    "foreign_text": FILTERS["foreign_script"](),
+    "code_block": FILTERS["code_blocks"](),
+    "long_paragraph": FILTERS["long_paragraphs"](max_characters=90),
+    "loop": FILTERS["repetition"](),
+}
+
+
+@pytest.mark.parametrize("channel", TEXT_CHANNELS)
+def test_text_before_the_chain_is_what_one_filter_drops_and_no_other(channel: str) -> None:
+    """The answer stays as it was, right or wrong, and the template reads it back."""
+    task, template, texts = ChainedSums(8, 9), Plain(), set()
+    assert set(FILTER_OF) == set(TEXT_CHANNELS) and set(CHANNELS) == {*STEP_CHANNELS, *TEXT_CHANNELS}
+    for problem in task.problems("train", 40):
+        given = replace(trace_of(problem), answer=problem.answer if problem.index % 2 else "x")
+        trace = Corruption({channel: 1.0}, seed=3).apply(given)
+        assert trace.details == {"origin": "reference", "corruption": channel} and trace.answer == given.answer
+        text, _, chain = trace.chain.partition(";")
+        assert chain == problem.chain and trace.index == problem.index
+        parsed = template.parse(
+            template.completion(trace.chain, trace.answer, "chain_then_answer"), "chain_then_answer"
+        )
+        assert (parsed.chain, parsed.answer) == (trace.chain, trace.answer)
+        for name, judge in FILTER_OF.items():
+            assert judge.keep(Candidate(trace, trace.chain)) == (name != channel)
+            assert judge.keep(Candidate(given, given.chain)), "a chain without such text is kept"
+        texts.add(text)
+    assert texts == {text.strip() for text in TEXT_CHANNELS[channel]}
+    empty = Trace("3+4", "", "7", 0)
+    assert corrupt(empty, channel, lambda below: 0) == replace(empty, details={"corruption": "none"})
+
+
+@pytest.mark.parametrize("channel", STEP_CHANNELS)
 def test_what_offers_nothing_to_spoil_comes_back_as_it_was(channel: str) -> None:
     wrong = Trace("17+32", "50", "50", 0)
     prose = Trace("Tom has 3 apples and buys 4.", "3 + 4 = 7", "7", 0)

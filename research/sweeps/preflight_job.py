@@ -1,0 +1,84 @@
+"""The preflight around a run: before its first step, or of a finished run by itself."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from research.config import Parts, build_teacher, plain
+from research.data.traces import TraceData
+from research.errors import ConfigError
+from research.evaluation.preflight import Preflight, preflight
+from research.results.record import write_atomic
+from research.teachers.base import AbstractTeacher
+from research.teachers.load import frozen
+
+log = logging.getLogger(__name__)
+PREFLIGHT_FILE = "preflight.json"
+GPU = ("gpu", "cuda", "auto")
+
+
+def preflight_before(cfg: DictConfig, parts: Parts, run_dir: Path) -> None:
+    """What `preflight` of a train config asks for, written into the run's log and its folder.
+
+    A teacher of classes, or none, needs no preflight. A run that goes on with a checkpoint had its own before, and of
+    several ranks the first speaks for all. Raises ConfigError where the run is refused.
+    """
+    data, teacher = parts.data, parts.teacher
+    if cfg.preflight == "skip" or teacher is None or not isinstance(data, TraceData):
+        return
+    if cfg.ckpt_path is not None or int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        return
+    on_gpu = cfg.trainer.accelerator in GPU and torch.cuda.is_available()
+    report = preflight(
+        parts.method.student,
+        teacher,
+        data,
+        num_problems=cfg.preflight_problems,
+        device="cuda" if on_gpu else "cpu",
+    )
+    write_report(run_dir / PREFLIGHT_FILE, report)
+    for line in report.lines():
+        log.info("preflight: %s", line)
+    for finding in report.of_level("warning"):
+        log.warning("preflight: %s: %s", finding.name, finding.told)
+    refuse(report, ("refusal", "warning") if cfg.preflight == "refuse" else ("refusal",))
+
+
+def preflight_of_run(cfg: DictConfig, config: Mapping[str, Any], student: nn.Module, data: TraceData) -> Preflight:
+    """The preflight of a finished run's student, with the teacher that an evaluate config names.
+
+    `teacher` of that config, else `reference`, else the teacher of the run itself. Raises ConfigError where there is
+    none of them.
+    """
+    facts = data.facts()
+    teacher: AbstractTeacher | None = build_teacher(cfg, "teacher", facts)
+    if teacher is None and cfg.reference:
+        teacher = frozen(cfg.reference, **facts)
+    if teacher is None:
+        own = OmegaConf.create({"teacher": plain(config.get("teacher"))})
+        teacher = build_teacher(own, "teacher", facts)
+    if teacher is None:
+        raise ConfigError(
+            "preflight=true needs a teacher, and the run had none; give reference=FOLDER or teacher=frozen"
+        )
+    return preflight(student, teacher, data, num_problems=cfg.preflight_problems)
+
+
+def write_report(path: Path, report: Preflight) -> None:
+    """The report as plain values."""
+    write_atomic(path, (json.dumps(report.plain(), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def refuse(report: Preflight, levels: tuple[str, ...] = ("refusal",)) -> None:
+    """Raise ConfigError with the findings of these levels, where there are any."""
+    found = [finding for level in levels for finding in report.of_level(level)]
+    if found:
+        reasons = "; ".join(f"{finding.name}: {finding.told}" for finding in found)
+        raise ConfigError(f"the preflight refuses the run ({PREFLIGHT_FILE} has the whole report): {reasons}")

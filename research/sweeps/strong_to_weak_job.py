@@ -1,0 +1,120 @@
+"""A run of several phases from one composed config: each phase is composed, trained and recorded like any run."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
+
+from research.config import start_from
+from research.errors import CheckpointError, ConfigError
+from research.loops.fit import CHECKPOINTS, LAST, FitOutcome, StopOnInterrupt
+from research.loops.ledger import Ledger
+from research.loops.scoring import DataModule, Scores
+from research.loops.strong_to_weak import (
+    Phase,
+    StrongToWeakPlan,
+    check_finished,
+    folder_of,
+    ledger_of_phases,
+    overrides_of,
+    scores_of,
+)
+from research.loops.training import RECORD_FILE
+from research.methods.base import AbstractMethod
+from research.results.record import RunRecord, read_record
+from research.schemas import check_root
+from research.sweeps.grammar import quoted
+from research.sweeps.secrets import refuse_secret_overrides
+
+log = logging.getLogger(__name__)
+TrainInto = Callable[[Path, DictConfig, list[str]], RunRecord]
+
+
+class StrongToWeakLoop:
+    """The ``loop`` of a training run whose phases are runs themselves, in ``phases/<number>_<name>`` of its folder.
+
+    A finished phase is not repeated; with ``ckpt_path=last`` one that was killed goes on from its own last checkpoint.
+    All phases are composed before the first begins: a typing error in the last one costs no training.
+    """
+
+    def __init__(
+        self, cfg: DictConfig, plan: StrongToWeakPlan, data: DataModule, overrides: list[str], train: TrainInto
+    ) -> None:
+        if cfg.trainer.get("devices") not in (1, None) or cfg.trainer.get("num_nodes", 1) != 1:
+            raise ConfigError(
+                f"trainer.devices is {cfg.trainer.devices}, and loop=strong_to_weak runs its phases in one process; "
+                "give trainer.devices=1, or run the phases one by one with init_from"
+            )
+        if cfg.trainer.fast_dev_run:
+            raise ConfigError("trainer.fast_dev_run leaves no student for a next phase; give trainer=smoke")
+        self._cfg, self._plan, self._data, self._overrides, self._train = cfg, plan, data, overrides, train
+        self.metrics: dict[str, float] = {}
+        self.ledger: Ledger = {}
+        self.scores: Scores | None = None
+        for phase in plan.declared():
+            self._composed(phase, None, None)
+
+    def run(self, method: AbstractMethod, interrupt: StopOnInterrupt, run_dir: Path) -> FitOutcome:
+        """Run, or go on with, the phases; the last one's weights end in ``method``.
+
+        Raises what a phase raises: Preempted, with the signal, where it was stopped.
+        """
+        started = time.perf_counter()
+        records: dict[str, RunRecord] = {}
+        folders: dict[str, Path] = {}
+        init_from: str | None = None
+        for number, phase in enumerate(self._plan.declared()):
+            folder = folders[phase.name] = folder_of(run_dir.absolute(), number, phase)
+            records[phase.name] = self._phase(phase, folder, init_from, list(records.values()))
+            init_from = str(folder)
+        start_from(method.student, str(init_from), self._data.facts())
+        self.scores = scores_of(run_dir.absolute(), folders, records)
+        self.ledger = ledger_of_phases(list(records.values()))
+        return FitOutcome("completed", None, time.perf_counter() - started)
+
+    def _phase(self, phase: Phase, folder: Path, init_from: str | None, earlier: list[RunRecord]) -> RunRecord:
+        """The record of a phase: read where it is finished, else of the run that is made or gone on with."""
+        begins = None if init_from is None else quoted(init_from)
+        finished = _finished(folder)
+        if finished is not None:
+            check_finished(finished, overrides_of(phase, self._overrides, begins, None), folder)
+            if earlier and finished.started_at < earlier[-1].started_at:
+                raise CheckpointError(
+                    f"{folder} was finished before the phase that it begins with was made anew; remove it, or give "
+                    "another run folder"
+                )
+            log.info("phase %s is finished: %s", phase.name, folder)
+            return finished
+        goes_on = self._cfg.ckpt_path is not None and (folder / CHECKPOINTS / LAST).exists()
+        cfg, overrides = self._composed(phase, begins, "last" if goes_on else None)
+        log.info("phase %s: %s", phase.name, folder)
+        return self._train(folder, cfg, overrides)
+
+    def _composed(self, phase: Phase, init_from: str | None, ckpt_path: str | None) -> tuple[DictConfig, list[str]]:
+        """A phase's config, checked, and the overrides that made it."""
+        overrides = overrides_of(phase, self._overrides, init_from, ckpt_path)
+        refuse_secret_overrides(overrides)
+        hydra = GlobalHydra.instance().hydra
+        if hydra is None:
+            raise ConfigError("loop=strong_to_weak composes its phases with Hydra, which is not initialised here")
+        try:
+            cfg = hydra.config_loader.load_configuration("train", overrides, run_mode=RunMode.RUN)
+            with open_dict(cfg):
+                del cfg["hydra"]
+            check_root(cfg, "train")
+        except (HydraException, ConfigError) as error:
+            told = " ".join(f"{error} {error.__cause__ or ''}".split())
+            raise ConfigError(f"loop.phases: {phase.name} does not compose: {told}") from None
+        return cfg, overrides
+
+
+def _finished(folder: Path) -> RunRecord | None:
+    """The record of a completed run in a folder; None where there is none."""
+    path = folder / RECORD_FILE
+    record = read_record(path) if path.exists() else None
+    return record if record is not None and record.status == "completed" else None

@@ -1,0 +1,145 @@
+"""Two phases from one config: each a run of its own, the second from the first's student, killed in either."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from research.results.record import LEDGER_PARTS, RunRecord, read_record
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+PROGRAM = "from research.commands.main import main; main()"
+PHASES = (
+    "loop.phases=[{name: answers, overrides: ['data.trace_format=answer_only', 'trainer.max_steps=12']}, "
+    "{name: chains, overrides: ['optimizer.lr=0.002', 'trainer.max_steps=10', 'seed=8']}]"
+)
+RUN = (
+    "experiment=sum8_trace", "task.num_terms=3", "student.hidden_size=32", "student.num_layers=2",
+    "student.dropout=0.1", "data.num_train=320", "data.num_val=16", "data.num_test=20", "data.batch_size=32",
+    "trainer.max_epochs=2", "trainer.enable_progress_bar=false", "evaluation.max_new_tokens=16", "logger=none",
+    "threads=1", "seed=5", "checkpoint_steps=2", "loop=strong_to_weak", PHASES,
+)  # fmt: skip
+FOLDERS = ("1_answers", "2_chains")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "student" / "model.safetensors")
+
+
+def same(first: Path, second: Path) -> bool:
+    return all(torch.equal(tensor, weights(second)[name]) for name, tensor in weights(first).items())
+
+
+@pytest.fixture(scope="module")
+def whole(distill: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phases")
+    done = distill("train", *RUN, "hydra.run.dir=run", cwd=folder)
+    assert done.code == 0 and done.err == "", done.err
+    return folder / "run"
+
+
+def phase_records(run: Path) -> list[RunRecord]:
+    return [read_record(run / "phases" / name / "run.json") for name in FOLDERS]
+
+
+def test_each_phase_is_a_run_and_the_last_is_the_result(whole: Path) -> None:
+    record, (first, second) = read_record(whole / "run.json"), phase_records(whole)
+    assert [one.status for one in (record, first, second)] == ["completed"] * 3
+    assert [one.seed for one in (record, first, second)] == [5, 5, 8]
+    assert first.config["data"]["trace_format"] == "answer_only" and second.config["optimizer"]["lr"] == 0.002
+    assert record.student["sha256"] == second.student["sha256"] != first.student["sha256"]
+    assert same(whole, whole / "phases" / FOLDERS[1])
+    for name in FOLDERS:
+        assert (whole / "phases" / name / "checkpoints" / "last.ckpt").exists()
+    assert {name: record.metrics[name] for name in second.metrics} == second.metrics
+    assert {name: record.metrics[f"phase_answers/{name}"] for name in first.metrics} == first.metrics
+    assert (whole / record.artifacts["items/test"]).samefile(whole / "phases" / FOLDERS[1] / "items_test.parquet")
+
+
+def test_the_second_begins_where_the_first_ended(whole: Path, distill: Callable[..., Any], tmp_path: Path) -> None:
+    """The phase by hand: a plain run of its overrides, from the folder of the first."""
+    begins = f"init_from='{whole}/phases/{FOLDERS[0]}'"
+    by_hand = (*RUN[:-2], "optimizer.lr=0.002", "trainer.max_steps=10", "seed=8", begins, "hydra.run.dir=run")
+    flags = [flag for flag in by_hand if flag != "seed=5"]
+    assert distill("train", *flags, cwd=tmp_path).code == 0
+    assert same(whole, tmp_path / "run")
+
+
+def test_p122_the_ledger_is_the_sum_of_the_phases(whole: Path) -> None:
+    record, (first, second) = read_record(whole / "run.json"), phase_records(whole)
+    for part in LEDGER_PARTS:
+        for name, value in record.ledger[part].items():
+            assert value == pytest.approx(first.ledger[part][name] + second.ledger[part][name])
+    assert record.ledger["student_update"]["flops"] > first.ledger["student_update"]["flops"] > 0
+
+
+def test_a_finished_phase_is_not_repeated(whole: Path, distill: Callable[..., Any]) -> None:
+    before = {name: (whole / "phases" / name / "run.json").stat().st_mtime_ns for name in FOLDERS}
+    metrics = read_record(whole / "run.json").metrics
+    done = distill("train", *RUN, "ckpt_path=last", "hydra.run.dir=run", cwd=whole.parent)
+    assert done.code == 0, done.err
+    assert before == {name: (whole / "phases" / name / "run.json").stat().st_mtime_ns for name in FOLDERS}
+    assert read_record(whole / "run.json").metrics == metrics
+    other = [flag.replace("trainer.max_steps=12", "trainer.max_steps=13") for flag in RUN]
+    error = distill("train", *other, "ckpt_path=last", "hydra.run.dir=run", cwd=whole.parent).error
+    assert "holds a finished phase of another run (trainer.max_steps=12 then, trainer.max_steps=13 now)" in error
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_p81_a_run_killed_in_either_phase_goes_on(
+    folder: str, whole: Path, distill: Callable[..., Any], tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut"
+    last = cut / "phases" / folder / "checkpoints" / "last.ckpt"
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "train", *RUN, f"hydra.run.dir={cut}"],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        while process.poll() is None and not last.exists():
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, "it was still at work"
+    assert not (cut / "phases" / folder / "run.json").exists() and not (cut / "run.json").exists()
+    done = distill("train", *RUN, "ckpt_path=last", f"hydra.run.dir={cut}", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert same(whole, cut) and read_record(cut / "run.json").metrics == read_record(whole / "run.json").metrics
+    ledgers = [read_record(run / "run.json").ledger for run in (cut, whole)]
+    assert [{part: line["flops"] for part, line in ledger.items()} for ledger in ledgers[:1]] == [
+        {part: line["flops"] for part, line in ledgers[1].items()}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [
+        ("[]", "expected at least one phase"),
+        ("[{name: a}, {name: a}]", "each name once"),
+        ("[{name: a, steps: 3}]", r"loop.phases[0] is"),
+        ("[{name: 1a}]", "it names a folder and metrics"),
+        ("[{name: a, overrides: ['loop=self_taught']}]", "which the loop sets itself"),
+        ("[{name: a, overrides: ['+init_from=x']}]", "which the loop sets itself"),
+        ("[{name: a}, {name: b, overrides: ['optimiser.lr=1']}]", "b does not compose"),
+    ],
+)
+def test_phases_that_cannot_be_meant_are_refused_before_the_first(
+    phases: str, message: str, distill: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = distill("train", *RUN[:-1], f"loop.phases={phases}", "hydra.run.dir=run", cwd=tmp_path)
+    assert message in done.error and not (tmp_path / "run" / "phases").exists()
+
+
+def test_a_phase_that_fails_is_named_in_its_record_and_the_run_s(distill: Callable[..., Any], tmp_path: Path) -> None:
+    phases = "loop.phases=[{name: a, overrides: ['trainer.max_steps=1']}, {name: b, overrides: ['optimizer.lr=1e30']}]"
+    done = distill("train", *RUN[:-1], phases, "trainer.max_steps=4", "hydra.run.dir=run", cwd=tmp_path)
+    assert "not finite" in done.error
+    found = {path.parent.name: json.loads(path.read_text())["status"] for path in tmp_path.rglob("run.json")}
+    assert found == {"run": "failed", "1_a": "completed", "2_b": "failed"}
