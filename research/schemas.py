@@ -44,6 +44,8 @@ class EvaluationConfig:
     val_problems, val_samples     validation problems that are answered at every validation, greedily and, with
                                   val_samples > 0, so often again by sampling: val/accuracy, val/errors,
                                   val/sampled_accuracy
+    exposure                      how far student and live teacher (or reference) are apart on either one's prefixes, and
+                                  the step of the student's first error: test/kl_on_student_prefixes, ...
     """
 
     splits: list[str] = field(default_factory=lambda: ["test"])
@@ -57,6 +59,7 @@ class EvaluationConfig:
     max_new_tokens: int | None = None
     val_problems: int = 0
     val_samples: int = 0
+    exposure: bool = False
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 
+from research.data.modes import Modes
 from research.data.prompt_loader import PromptLoader
 from research.data.resume import TrainerPlace
 from research.data.splits import DataError
@@ -18,11 +19,11 @@ from research.data.token_loader import TokenLoader
 from research.errors import ConfigError
 from research.records import Problem, PromptRow, StoredRow, Trace, Verdict
 from research.tasks.base import AbstractTask, Split
-from research.tasks.released import read_released
+from research.tasks.released import Released, read_released
 from research.text.codec import Codec
 from research.text.document import Document
 from research.text.formats import TRACE_FORMATS, arrange
-from research.text.refusals import Refused, TooLong
+from research.text.refusals import EmptyChain, Refused, TooLong
 from research.text.template import AbstractTemplate
 from research.text.tokenizer import build_tokenizer, tokenizer_sha256
 from research.traces.mixture import Mixture, training_mixture
@@ -59,6 +60,7 @@ class TraceData(L.LightningDataModule):
     steps_per_rollout optimizer steps in a row that share their prompts
     num_stored        traces beside the prompts of a step, for a method that takes some steps off policy
     teacher_template  how the teacher was taught to be asked, where that is not ``template``
+    modes, mode       two | unmarked, and think | no_think: see :class:`Modes`; the half is drawn by ``format_seed``
 
     ``index`` of a train document is the place of its trace in :meth:`traces`, and one document's own: the trace there
     has the index of its problem, which several samples of one problem share, and the number of its sample. For a task's
@@ -93,6 +95,8 @@ class TraceData(L.LightningDataModule):
         steps_per_rollout: int = 1,
         num_stored: int = 0,
         teacher_template: AbstractTemplate | Any = None,
+        modes: str | None = None,
+        mode: str | None = None,
     ) -> None:
         super().__init__()
         least_of = {"batch_size": (batch_size, 1), "num_val": (num_val or 0, 0), "num_test": (num_test or 0, 0)}
@@ -108,6 +112,7 @@ class TraceData(L.LightningDataModule):
             raise ConfigError(f"data.store is {store!r} and data.mixture is set; give one of them")
         if mixture is not None and not mixture:
             raise ConfigError("data.mixture is empty; give [{store: FOLDER, weight: W}, ..], or null for none")
+        self.modes = Modes(modes, mode, trace_format, format_seed)
         self.task, self.seed, self.batch_size = task, seed, batch_size
         self.trace_format, self.packed_to, self.length_grouping = trace_format, packed_to, length_grouping
         self._template, self._store, self._teacher_template = template, store, teacher_template
@@ -123,6 +128,7 @@ class TraceData(L.LightningDataModule):
         self._documents: dict[Split, list[Document]] = {}
         self._skipped: dict[Split, Counter[str]] = {}
         self._unread: Counter[str] = Counter()
+        self._released: Released | None = None
         self._traces: list[Trace] | None = None
         self._prompts: list[PromptRow] | None = None
         self._refused_prompts: Counter[str] = Counter()
@@ -134,7 +140,8 @@ class TraceData(L.LightningDataModule):
     def codec(self) -> Codec:
         """The one place that turns problems and traces into ids and back, for training and generation alike."""
         if self._codec is None:
-            self._codec = self._codec_of(self._build_tokenizer(), self._template)
+            codec = self._codec_of(self._build_tokenizer(), self._template)
+            self._codec = codec.marked(self.modes.mark(codec.template))
         return self._codec
 
     @property
@@ -153,6 +160,7 @@ class TraceData(L.LightningDataModule):
             trace_format=self.trace_format,
             max_tokens=self.max_tokens,
             prompt_loss_weight=self._prompt_loss_weight,
+            allow_empty_chain=self.modes.mixture is not None,
         )
 
     @property
@@ -209,21 +217,37 @@ class TraceData(L.LightningDataModule):
     def documents(self, split: Split) -> list[Document]:
         """The encoded documents of a split; what could not be encoded is counted in :meth:`summary`."""
         if split not in self._documents:
-            traces = self.traces() if split == "train" else [reference_trace(p) for p in self.problems(split)]
-            given = len(traces)
+            traces = self.traces() if split == "train" else self._references(split)
+            given, codec = len(traces), self.codec
+            if split != "train":
+                traces = [self.modes.reference(trace) for trace in traces]
             if split == "train":
-                kept = self._not_held_out(traces)
+                posed = self._not_held_out(traces)
+                kept = [place for place in posed if self.modes.takes(traces[place])]
+                codec = codec.marked("")  # the traces bring their marks along
                 separator = getattr(self.task, "step_separator", self.codec.template.step_separator)
                 arranged = arrange([traces[place] for place in kept], self.trace_format, self._format_seed, separator)
                 traces = [replace(trace, index=place) for place, trace in zip(kept, arranged, strict=True)]
-            documents, skipped = self.codec.encode_all(traces)
+                traces = self.modes.training(traces, codec.template)
+            documents, skipped = codec.encode_all(traces)
             if split == "train":
-                skipped += self._unread + Counter({HELD_OUT: given - len(kept)})
+                skipped += self._unread + Counter({HELD_OUT: given - len(posed)})
+                skipped += Counter({EmptyChain.reason: len(posed) - len(kept)})
             self._documents[split], self._skipped[split] = documents, skipped
             if split == "train" and not documents:
                 told = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
                 raise DataError(f"none of {given} traces can be encoded as {self.trace_format}: {told}")
         return self._documents[split]
+
+    def _references(self, split: Split) -> list[Trace]:
+        """The solutions of a held-out split: the task's own; where it has none, the first of each in a release."""
+        references = [reference_trace(problem) for problem in self.problems(split)]
+        if not str(self._store).startswith(RELEASED_PREFIX) or any(trace.chain for trace in references):
+            return references
+        released: dict[int, Trace] = {}
+        for trace in self._read_release()[0].traces[split]:
+            released.setdefault(trace.index, trace)
+        return [released.get(trace.index, trace) for trace in references]
 
     def _not_held_out(self, traces: list[Trace]) -> list[int]:
         """Places of the traces whose problem is none of validation or test.
@@ -375,7 +399,8 @@ class TraceData(L.LightningDataModule):
                 raise ConfigError(
                     f"data.tokenizer is characters, but {self.task.name} has open text; give bpe or a pretrained folder"
                 )
-            written = (getattr(template, "alphabet", "") for template in (self._template, self._teacher_template))
+            written = [getattr(template, "alphabet", "") for template in (self._template, self._teacher_template)]
+            written.append(self.modes.alphabet(self._template, self.task.alphabet))
             return build_tokenizer(kind, alphabet="".join(sorted({*self.task.alphabet, *"".join(written)})))
         if kind == "bpe":
             texts = (f"{t.problem}\n{t.chain}\n{t.answer}" for t in self.traces())
@@ -386,16 +411,23 @@ class TraceData(L.LightningDataModule):
         store, num = str(self._store), self._num["train"]
         if not store.startswith(RELEASED_PREFIX):
             return read_traces(Path(store), num=num, allow_empty_chain=self.trace_format == "answer_only")
-        name, _, which = store.removeprefix(RELEASED_PREFIX).partition(":")
-        if which not in ("", "correct"):
-            raise ConfigError(f"data.store is {store!r}; expected released:NAME or released:NAME:correct")
-        released = read_released(name)
-        if released.task.name != self.task.name:
-            raise ConfigError(f"data.store is {store!r}, traces of {released.task.name}; the task is {self.task.name}")
+        released, which = self._read_release()
         self._unread = Counter(released.skipped["train"])
         traces = [t for t in released.traces["train"] if not which or t.details["verdict"] == Verdict.CORRECT]
         self._unread["wrong_answer"] += len(released.traces["train"]) - len(traces)
         return traces[:num]
+
+    def _read_release(self) -> tuple[Released, str]:
+        """The release that the store names, and which of its traces are asked for: "" (all) or "correct"."""
+        name, _, which = str(self._store).removeprefix(RELEASED_PREFIX).partition(":")
+        if which not in ("", "correct"):
+            raise ConfigError(f"data.store is {self._store!r}; expected released:NAME or released:NAME:correct")
+        if self._released is None:
+            self._released = read_released(name)
+        if self._released.task.name != self.task.name:
+            told = f"traces of {self._released.task.name}; the task is {self.task.name}"
+            raise ConfigError(f"data.store is {self._store!r}, {told}")
+        return self._released, which
 
 
 def _words(text: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from research.methods.base import AbstractMethod
 from research.results.record import LEDGER_FIELDS, LEDGER_PARTS
+from research.teachers.base import TeacherIdentity
 
 Line = dict[str, float | None]
 Ledger = dict[str, Line]
@@ -42,8 +43,13 @@ def ledger_of(method: AbstractMethod, seconds: float, *, is_text: bool) -> Ledge
             "tokens": float(method.teacher_tokens if is_text else method.teacher_rows),
             "seconds": method.teacher_seconds,
         }
-        ledger["teacher_training"] = {"flops": teacher.identity.training_flops, "tokens": None, "seconds": None}
+        ledger["teacher_training"] = training_of(teacher.identity)
     return ledger
+
+
+def training_of(teacher: TeacherIdentity) -> Line:
+    """What the teacher's own training had cost, as far as its record says."""
+    return {"flops": teacher.training_flops, "tokens": teacher.training_tokens, "seconds": teacher.training_seconds}
 
 
 def summed(ledgers: Iterable[Mapping[str, Mapping[str, float | None]]]) -> Ledger:

@@ -10,17 +10,21 @@ from torch import nn
 
 from research.data.base import AbstractClassData
 from research.data.traces import TraceData
+from research.errors import ConfigError
 from research.evaluation.bias import evaluate_with_bias
 from research.evaluation.completions import Columns, write_samples
 from research.evaluation.evaluate import evaluate
+from research.evaluation.exposure import measure_exposure
 from research.evaluation.sequences import SAMPLED_ITEM_COLUMNS, SequenceEvaluation, evaluate_sequences, is_sampled
 from research.evaluation.token_loss import evaluate_tokens
 from research.generation.in_process import LocalGenerator
 from research.records import Sampling
 from research.results.items import write_items
+from research.seeding import seed_for
 from research.tasks.base import Split
 from research.tasks.grading import Grader
 from research.teachers.base import AbstractTeacher
+from research.teachers.frozen import FrozenTeacher
 
 DataModule = AbstractClassData | TraceData
 
@@ -33,6 +37,13 @@ class Scores:
     artifacts: dict[str, str] = field(default_factory=dict)
     omitted: dict[str, str] = field(default_factory=dict)
     items: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+
+    def add(self, other: "Scores") -> None:
+        """Take in what was measured beside."""
+        self.metrics |= other.metrics
+        self.artifacts |= other.artifacts
+        self.omitted |= other.omitted
+        self.items |= other.items
 
 
 def score_classes(
@@ -99,7 +110,7 @@ def score_text(
         items: Columns = {}
         for sampling in samplings(options, data, seed):
             result = write_and_grade(student, data, source, split, sampling, name)
-            scores.metrics |= result.metrics
+            scores.metrics |= result.metrics | obedience(result, source.modes.asked)
             scores.omitted |= result.omitted
             if is_sampled(sampling):
                 path = write_samples(run_dir / f"samples_{name}.parquet", result.samples, sampling)
@@ -109,9 +120,61 @@ def score_text(
                 items = dict(result.items)
         scores.artifacts[f"items/{name}"] = write_items(run_dir / f"items_{name}.parquet", items).name
     for name, source, split in scored:
-        if source is data and data.documents(split):
-            scores.metrics |= evaluate_tokens(student, data.loader(split, batch_size=256), split=name).metrics
+        if (source is data or _in_other_mode(data, source)) and source.documents(split):
+            scores.metrics |= evaluate_tokens(student, source.loader(split, batch_size=256), split=name).metrics
     return scores
+
+
+def _in_other_mode(data: TraceData, source: TraceData) -> bool:
+    """Whether a variant's documents are the student's own tokens, asked for in a mode."""
+    return source.modes.asked is not None and source.facts() == data.facts()
+
+
+def obedience(evaluation: SequenceEvaluation, mode: str | None) -> dict[str, float]:
+    """``split/obedience``: share of completions written in the mode that was asked for, right or wrong.
+
+    With a chain where the mode is think, without any where it is no_think. ``sampled_obedience`` of samples; nothing
+    where no mode was asked for.
+    """
+    if mode is None:
+        return {}
+    start = f"{evaluation.split}/{'sampled_' if is_sampled(evaluation.sampling) else ''}"
+    without_chain = evaluation.metrics[f"{start}outcome_no_chain"]
+    return {f"{start}obedience": without_chain if mode == "no_think" else 1.0 - without_chain}
+
+
+def score_exposure(
+    student: nn.Module,
+    teacher: AbstractTeacher | None,
+    data: TraceData,
+    options: Mapping[str, Any],
+    run_dir: Path,
+    seed: int,
+) -> Scores:
+    """How far the student is from its live teacher on either one's prefixes, on the test problems.
+
+    Raises ConfigError where there is no live language model to compare with.
+    """
+    if not isinstance(teacher, FrozenTeacher) or not teacher.is_language_model:
+        raise ConfigError(
+            "evaluation.exposure compares the student with its teacher's own writing; give teacher=frozen or "
+            "teacher@reference=frozen"
+        )
+    codec = data.codec
+    device = next(student.parameters()).device
+    exposure = measure_exposure(
+        student,
+        teacher.to(device).network,
+        codec,
+        data.teacher_codec,
+        Grader(data.task, codec.template, codec.layout),
+        data.problems("test"),
+        max_new_tokens=options["max_new_tokens"] or data.max_tokens,
+        seed=seed_for(seed, "exposure"),
+        split="test",
+    )
+    path = write_samples(run_dir / "exposure_test.parquet", exposure.places, exposure.sampling)
+    return Scores(exposure.metrics, {"exposure/test": path.name})
 
 
 def samplings(options: Mapping[str, Any], data: TraceData, seed: int) -> list[Sampling]:
@@ -127,8 +190,11 @@ def samplings(options: Mapping[str, Any], data: TraceData, seed: int) -> list[Sa
 def write_and_grade(
     student: nn.Module, data: TraceData, source: TraceData, split: Split, sampling: Sampling, name: str
 ) -> SequenceEvaluation:
-    """One pass of the generator over a split's problems, graded by the task's own verifier."""
-    codec = data.codec
+    """One pass of the generator over a split's problems, graded by the task's own verifier.
+
+    They are posed in the mode that ``source`` asks for.
+    """
+    codec = data.codec.marked(source.modes.mark(data.codec.template))
     generator = LocalGenerator(student, codec.tokenizer, eos_ids=codec.eos_ids, pad_id=codec.pad_id)
     grader = Grader(source.task, codec.template, codec.layout)
     return evaluate_sequences(generator, codec, grader, source.problems(split), sampling, split=name)

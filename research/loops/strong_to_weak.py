@@ -113,7 +113,8 @@ def scores_of(run_dir: Path, folders: Mapping[str, Path], records: Mapping[str, 
     for name in earlier:
         scores.metrics |= {f"phase_{name}/{metric}": value for metric, value in records[name].metrics.items()}
     prefix = folders[last].relative_to(run_dir)
-    scores.artifacts = {name: str(prefix / path) for name, path in records[last].artifacts.items() if name != "student"}
+    own = ("student", "curve")  # which the whole run leaves itself
+    scores.artifacts = {name: str(prefix / path) for name, path in records[last].artifacts.items() if name not in own}
     return scores
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from research.data.traces import TraceData
 from research.errors import ConfigError, Preempted
 from research.loops.budget_stop import BudgetStop
+from research.loops.curves import CurveWriter
 from research.loops.fit import (
     BEST,
     CHECKPOINTS,
@@ -26,10 +27,11 @@ from research.loops.fit import (
     stopped_by_signals,
 )
 from research.loops.ledger import Ledger, ledger_of
-from research.loops.scoring import DataModule, Scores, score_classes, score_text
+from research.loops.scoring import DataModule, Scores, score_classes, score_exposure, score_text
 from research.loops.validation_answers import ANSWER_METRICS, ValidationAnswers
 from research.methods.base import AbstractMethod
 from research.models.weights import count_parameters, save_network, save_tokenizer, weights_sha256, write_model_card
+from research.results.curves import CURVE_FILE
 from research.results.record import RunRecord, collect_versions, git_revision, hardware, write_record
 from research.seeding import seed_for
 from research.teachers.base import AbstractTeacher
@@ -102,7 +104,8 @@ class TrainingRun:
         budget = self.method.budget
         self._budget_stop = None if budget is None else BudgetStop(budget)
         stop = [] if self._budget_stop is None else [self._budget_stop]
-        return [*stop, *self._validation_answers(has_val), *saved, interrupt]
+        curve = CurveWriter(self.run_dir)
+        return [*stop, *self._validation_answers(has_val), curve, *saved, interrupt]
 
     def _measured(self) -> tuple[str, ...]:
         """What is measured on the validation split; of answers only where problems are answered there."""
@@ -171,6 +174,7 @@ class TrainingRun:
         scores = None if self.loop is None else self.loop.scores
         scores = scores or self._score(trainer.strategy.root_device)
         metrics, artifacts = scores.metrics, {"student": NETWORK_FOLDER, **scores.artifacts}
+        artifacts |= {"curve": CURVE_FILE} if (self.run_dir / CURVE_FILE).exists() else {}
         metrics |= {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         for callback in trainer.checkpoint_callbacks:
             monitor, score = getattr(callback, "monitor", None), getattr(callback, "best_model_score", None)
@@ -198,7 +202,12 @@ class TrainingRun:
         """Every split and variant that the config asks for, with the final weights."""
         options, student = self.config["evaluation"], self.method.student.to(device)
         if isinstance(self.data, TraceData):
-            return score_text(student, self.data, self.variants, options, self.run_dir, self.config["seed"])
+            seed = self.config["seed"]
+            scores = score_text(student, self.data, self.variants, options, self.run_dir, seed)
+            if options["exposure"]:
+                teacher = self.reference or self._live_teacher()
+                scores.add(score_exposure(student, teacher, self.data, options, self.run_dir, seed))
+            return scores
         reference = self.reference or self._live_teacher()
         if reference is not None:
             reference.to(device)

@@ -3,8 +3,8 @@
 The definitions are in ``logprob_divergences.py``; ``tests/unit/losses/test_logit_gradients.py`` pins every form here to
 them. ``p`` is the teacher, ``q`` the student, both at the temperature already; a form takes logits and returns the
 value of each row and ``d value / d logit``. Ratios are kept as ``log_ratio = log(p / q)``, from the logits themselves:
-nothing overflows where a probability vanishes. In float32 a value is within 3e-7 nats of the definition's, and exactly 0
-where both sides' logits are the same numbers.
+nothing overflows where a probability vanishes. In float32 a value is within 3e-7 nats of the definition's, and exactly
+0 where both sides' logits are the same numbers.
 
 A row with a logit of ``-inf`` (a class that does not exist) and a divergence without a form of its own are
 differentiated by autograd through the definition.
@@ -88,18 +88,17 @@ def _reverse_form(student_NV: Tensor, teacher_NV: Tensor, *_: float) -> tuple[Te
 
 
 def _mixture_form(student_NV: Tensor, teacher_NV: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """``JSD_b = sum (b p log(p/q) - m log(m/q))``, gradient ``-(1-b) q (log(m/q) - sum q log(m/q))``.
+    """``JSD_b = sum (b p log(p/m) - (1-b) q log(m/q))``, gradient ``-(1-b) q (log(m/q) - sum q log(m/q))``.
 
     ``m = b p + (1-b) q``; ``log(m/q) = log1p(b expm1(log(p/q)))`` is exact at equality.
     """
     student_probs_NV, teacher_probs_NV, log_ratio_NV = _probs_and_log_ratio(student_NV, teacher_NV)
     log_ratio_NV.clamp_(-FAR, FAR)
-    teacher_part_N = torch.linalg.vecdot(teacher_probs_NV, log_ratio_NV)
-    log_mixture_NV = log_ratio_NV.expm1_().mul_(weight).log1p_()
-    mixture_NV = teacher_probs_NV.mul_(weight).add_(student_probs_NV, alpha=1 - weight)
-    value_N = weight * teacher_part_N - torch.linalg.vecdot(mixture_NV, log_mixture_NV)
-    mean_N1 = torch.linalg.vecdot(student_probs_NV, log_mixture_NV).unsqueeze(-1)
-    return value_N, log_mixture_NV.sub_(mean_N1).mul_(student_probs_NV).mul_(weight - 1)
+    log_mixture_NV = torch.expm1(log_ratio_NV).mul_(weight).log1p_()
+    teacher_part_N = torch.linalg.vecdot(teacher_probs_NV, log_ratio_NV.sub_(log_mixture_NV))
+    mean_N = torch.linalg.vecdot(student_probs_NV, log_mixture_NV)
+    gradient_NV = log_mixture_NV.sub_(mean_N.unsqueeze(-1)).mul_(student_probs_NV).mul_(weight - 1)
+    return weight * teacher_part_N - (1 - weight) * mean_N, gradient_NV
 
 
 def _normalised_mixture_form(student_NV: Tensor, teacher_NV: Tensor, weight: float) -> tuple[Tensor, Tensor]:

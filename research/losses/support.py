@@ -1,8 +1,10 @@
 """Which classes a sparse comparison keeps, and what a teacher says of them: its own K best, or those of another side.
 
 Any choice of K classes makes a fair comparison as long as both sides keep their own mass of everything else in the tail
-(``sparse.py``). The teacher's best classes are what a cache or a server can tell; the student's own best are where a
-live student puts its mass, and where a reverse KL has its terms.
+(``sparse.py``): the value is between 0 and the dense one. The teacher's best classes are what a cache or a server can
+tell; the student's own best are where a live student puts its mass, and where a reverse KL has its terms. Neither sees
+inside its tail: on the student's support a class that only the teacher likes counts as part of the tail's mass, so the
+value may be 0 before the two agree.
 """
 
 import math

@@ -122,7 +122,7 @@ def health_of(rollouts: Sequence[Rollout], graded: Sequence[Graded], num_samples
         "all_right": sum(all(right[group]) for group in groups),
         "all_wrong": sum(not any(right[group]) for group in groups),
         "equal_rewards": sum(len({one.reward for one in graded[group]}) == 1 for group in groups),
-        "sampled_entropy": -sum(sum(rollout.completion.logprobs) for rollout in rollouts),
+        "sampled_entropy": sum(-logprob for rollout in rollouts for logprob in rollout.completion.logprobs),
     }
     *sums, rows, problems = sum_over_ranks([*counted.values(), len(rollouts), len(groups)])
     total = dict(zip(counted, sums, strict=True))

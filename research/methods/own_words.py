@@ -149,14 +149,15 @@ class OwnWords:
     def compare(self, logprob_N: Tensor, step: OwnStep, batch: PromptBatch) -> Tensor:
         """Log-probabilities of the drawn tokens when they were drawn, [N], held against those of the student now.
 
-        Adds to the step's health: ``rollout/sampler_kl`` the mean of ``sampler_logprob - logprob``, an estimate of
-        KL(sampler || student) that is 0 up to rounding and dropout in the first step of a block, and over all ranks
-        from the second; ``rollout/staleness`` steps since the rollouts were drawn.
+        Adds to the step's health: ``rollout/sampler_kl`` an unbiased estimate of KL(sampler || student) per token, the
+        mean of ``r - 1 - log r``, ``r = exp(logprob - sampler_logprob)``: 0 up to rounding and dropout in the first
+        step of a block, and over all ranks from the second; ``rollout/staleness`` steps since the rollouts were drawn.
 
         Raises RolloutError where the student has gone further than ``max_sampler_kl`` from its own samples.
         """
         sampler_N = sampler_logprobs(step.rollouts, logprob_N)
-        total, places = float((sampler_N - logprob_N.detach()).sum()), float(len(sampler_N))
+        change_N = logprob_N.detach() - sampler_N
+        total, places = float((change_N.expm1() - change_N).sum()), float(len(sampler_N))
         if batch.repeat:  # a bound that stops the run has to stop every rank
             total, places = sum_over_ranks([total, places])
         gap = total / places

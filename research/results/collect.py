@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from research.results.curves import CURVES_FILE, CurveRow, read_curve, write_study_curves
 from research.results.fields import StudyError
 from research.results.items import pack_items, read_items, write_study_items
 from research.results.record import RunRecord, json_ready, read_record, write_atomic
@@ -64,6 +65,7 @@ def collect(
     completed: list[str] = []
     missing: dict[str, str] = {}
     items: dict[str, dict[str, np.ndarray]] = {}
+    curves: list[tuple[Cell, Sequence[CurveRow]]] = []
     split = study.metric.partition("/")[0]
     for cell, folder in places:
         record, reason = _look(folder)
@@ -80,6 +82,11 @@ def collect(
         columns = _items(folder, record, split)
         if columns is not None:
             items[cell.key] = columns
+        if study.curves and cell.seed >= 0:
+            curves.append((cell, _curve(study, cell, folder, record)))
+    if study.curves:
+        results_folder(study, preset).mkdir(parents=True, exist_ok=True)
+        write_study_curves(results_folder(study, preset) / CURVES_FILE, study, curves)
     _write(results_folder(study, preset), lines, split, items)
     return Collected(tuple(completed), missing)
 
@@ -139,6 +146,15 @@ def portable(value: Any, known: Mapping[str, str]) -> Any:
     if isinstance(value, list | tuple):
         return [portable(item, known) for item in value]
     return value
+
+
+def _curve(study: Study, cell: Cell, folder: Path, record: RunRecord) -> Sequence[CurveRow]:
+    name = record.artifacts.get("curve")
+    if name is None:
+        raise StudyError(
+            f"{study.path}: curves: {cell.key} left no curve; run it again, it was made before there were any"
+        )
+    return read_curve(folder / name)
 
 
 def _items(folder: Path, record: RunRecord, split: str) -> dict[str, np.ndarray] | None:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Paint = Callable[["Figure", Plot], None]
 STYLE_VERSION = 1  # raise it when the drawing changes: committed figures are then drawn anew
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 _COLOURS = {"reference": "#D55E00", "treatment": "#0072B2", "other": "#6B6B6B"}
-_LINE_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")  # after the two of _COLOURS
+_FURTHER_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")  # after the two of _COLOURS
+LINE_COLOURS = (_COLOURS["treatment"], _COLOURS["reference"], *_FURTHER_COLOURS)
 _VERDICT_COLOURS = {"HOLDS": "#007A5A", "FAILS": "#D55E00", "INCONCLUSIVE": "#6B6B6B"}
-_INK, _FAINT = "#222222", "#8A8A8A"
+_INK, FAINT = "#222222", "#8A8A8A"
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans", "font.size": 10, "svg.hashsalt": "figure", "svg.fonttype": "path",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _FAINT, "xtick.color": _INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT, "xtick.color": _INK,
     "ytick.color": _INK, "axes.labelcolor": _INK, "text.color": _INK, "figure.facecolor": "white",
     "savefig.facecolor": "white", "axes.linewidth": 0.8, "path.simplify": False,
 }  # fmt: skip
@@ -32,13 +35,19 @@ _SEAL = re.compile(rb"inputs=([0-9a-f]{64}) png=([0-9a-f]{64}) svg=([0-9a-f]{64}
 _BLANK = b"0" * 64
 
 
-def write_figure(folder: Path, plot: Plot) -> dict[str, Path]:
-    """Draws both files, unless those in ``folder`` show the same numbers in the same style and are untouched."""
-    paths = {"figure.svg": folder / "figure.svg", "figure.png": folder / "figure.png"}
-    if not _is_current(paths["figure.svg"], paths["figure.png"], inputs_hash(plot)):
-        svg, png = draw(plot)
-        write_atomic(paths["figure.png"], png)
-        write_atomic(paths["figure.svg"], svg)
+def write_figure(
+    folder: Path, plot: Plot, name: str = "figure", paint: Paint | None = None, size: tuple[float, float] | None = None
+) -> dict[str, Path]:
+    """Draws both files, unless those in ``folder`` show the same numbers in the same style and are untouched.
+
+    paint, size  who draws a plot of a kind that is not known here, and how large it is in inches
+    """
+    paths = {f"{name}.{ending}": folder / f"{name}.{ending}" for ending in ("svg", "png")}
+    svg_path, png_path = paths.values()
+    if not _is_current(svg_path, png_path, inputs_hash(plot)):
+        svg, png = draw(plot, paint, size)
+        write_atomic(png_path, png)
+        write_atomic(svg_path, svg)
     return paths
 
 
@@ -57,7 +66,7 @@ def _is_current(svg_path: Path, png_path: Path, inputs: str) -> bool:
     return seal[3].decode() == hashlib.sha256(svg.replace(seal[3], _BLANK, 1)).hexdigest()
 
 
-def draw(plot: Plot) -> tuple[bytes, bytes]:
+def draw(plot: Plot, paint: Paint | None = None, size: tuple[float, float] | None = None) -> tuple[bytes, bytes]:
     """The SVG, sealed with the hashes of its inputs, of the PNG and of itself, and the PNG."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -66,9 +75,9 @@ def draw(plot: Plot) -> tuple[bytes, bytes]:
     with matplotlib.rc_context():  # from the defaults, so that a reader's own settings do not change the bytes
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)  # type: ignore[arg-type]
-        figure = Figure(figsize=_size(plot))
+        figure = Figure(figsize=size or _size(plot))
         FigureCanvasAgg(figure)
-        (_draw_strip if plot["kind"] == "strip" else _draw_lines)(figure, plot)
+        (paint or (_draw_strip if plot["kind"] == "strip" else _draw_lines))(figure, plot)
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
         picture = png.getvalue()
@@ -115,14 +124,14 @@ def _draw_strip(figure: "Figure", plot: Plot) -> None:
     for y, row in enumerate(rows):
         if row["summary"] is None:
             axes.text(
-                0.01, y, "no completed run", transform=axes.get_yaxis_transform(), color=_FAINT, va="center", size=9
+                0.01, y, "no completed run", transform=axes.get_yaxis_transform(), color=FAINT, va="center", size=9
             )
         else:
             _strip_row(axes, y, row)
         if row["published"] is not None:
             axes.plot(row["published"], y, marker="D", ms=6.5, mfc="none", mec=_INK, mew=1.2, ls="none", zorder=5)
     for reference in plot["references"]:
-        axes.axvline(reference["value"], color=_FAINT, lw=1, ls=(0, (4, 3)), zorder=0)
+        axes.axvline(reference["value"], color=FAINT, lw=1, ls=(0, (4, 3)), zorder=0)
     _stagger(axes, plot["references"])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
@@ -183,7 +192,7 @@ def _draw_lines(figure: "Figure", plot: Plot) -> None:
     column_width, row_height = (width - 0.2) / columns, (top - 0.1) / num_rows
     names = list(dict.fromkeys(line["label"] for panel in panels for line in panel["lines"]))
     by_role = {line["label"]: line["role"] for panel in panels for line in panel["lines"]}
-    spare = iter(_LINE_COLOURS * (1 + len(names) // len(_LINE_COLOURS)))
+    spare = iter(_FURTHER_COLOURS * (1 + len(names) // len(_FURTHER_COLOURS)))
     colours = {name: _COLOURS[by_role[name]] if by_role[name] != "other" else next(spare) for name in names}
     longest = max(len(name) for name in [*names, *(reference["label"] for reference in plot["references"])])
     for number, panel in enumerate(panels):
@@ -197,7 +206,7 @@ def _draw_lines(figure: "Figure", plot: Plot) -> None:
         if column == 0:
             axes.set_ylabel(f"{plot['metric']}\n({plot['better']})", size=9)
     figure.text(
-        0.16 / width, 0.012, "dot = one seed; band = 95 % interval of the mean", size=8, color=_FAINT, va="bottom"
+        0.16 / width, 0.012, "dot = one seed; band = 95 % interval of the mean", size=8, color=FAINT, va="bottom"
     )
 
 
@@ -219,12 +228,12 @@ def _draw_panel(axes: "Axes", plot: Plot, panel: dict[str, Any], colours: dict[s
         _draw_line(axes, drawn, colour, dashed=line["points"][0]["x"] is None)
         ends.append((drawn[-1]["summary"]["mean"], line["label"], colour) if drawn else (0.0, "", colour))
     for reference in plot["references"]:
-        axes.axhline(reference["value"], color=_FAINT, lw=1, ls=(0, (4, 3)), zorder=0)
+        axes.axhline(reference["value"], color=FAINT, lw=1, ls=(0, (4, 3)), zorder=0)
         ends.append((reference["value"], reference["label"], "#555555"))
     axes.margins(x=0.05, y=0.08)
     axes.grid(axis="y", color="#E6E6E6", lw=0.8)
     axes.set_axisbelow(True)
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
 
 
 def _tick_labels(levels: list[float], log: bool) -> list[str]:
@@ -261,7 +270,7 @@ def _draw_line(axes: "Axes", points: list[dict[str, Any]], colour: str, dashed: 
             )
 
 
-def _label_ends(axes: "Axes", ends: list[tuple[float, str, str]]) -> None:
+def label_ends(axes: "Axes", ends: list[tuple[float, str, str]]) -> None:
     """Names at the right end of their lines, pushed apart where they would overlap."""
     axes.tick_params(axis="y", labelsize=8.5)
     figure = axes.get_figure()

@@ -7,6 +7,7 @@ from typing import Any
 from research.results.bootstrap import DRAWS
 from research.results.comparison import INCONCLUSIVE, Comparison
 from research.results.comparison_spec import ComparisonSpec
+from research.results.curves import curve_name
 from research.results.fields import StudyError
 from research.results.statistics import ArmSummary
 from research.results.study import Study
@@ -96,6 +97,8 @@ def results_block(
     if missing:
         lines += [f"Missing runs ({len(missing)}):", ""]
         lines += [f"* `{entry['cell']}`: {entry['reason']}" for entry in missing] + [""]
+    for spec in study.curves:
+        lines += [f"![{spec.metric} against {spec.against}]({curve_name(spec)}.svg)", ""]
     completed = sum(row["status"] == "completed" for row in rows)
     lines.append(
         f"{completed} runs, {verdict['seconds'] / 60:.1f} minutes in all, revision {verdict['revision']}. "

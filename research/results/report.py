@@ -9,6 +9,8 @@ from typing import Any
 from research.results.collect import ITEMS_FILE, RECORDS_FILE, CommittedRuns, read_committed, results_folder
 from research.results.comparison import Comparison, compare, resampled_operands, verdict_for
 from research.results.comparison_spec import ComparisonSpec
+from research.results.curve_figure import curve_files, write_curve_figures
+from research.results.curves import CURVES_FILE
 from research.results.figure import write_figure
 from research.results.items import read_study_items
 from research.results.panel import Panel
@@ -38,14 +40,15 @@ def build_report(study_dir: str | Path, preset: str | None = None) -> dict[str, 
 
     Where nothing changed since, files, code and results alike (their hash is in report.sha256), nothing is made again.
 
-    Reads study.yaml, records.jsonl and items.parquet, and nothing else: no clock, no machine, no run directory. Raises
-    StudyError for a study or records that cannot be used.
+    Reads study.yaml, records.jsonl, items.parquet and, where the study draws curves, curves.csv, and nothing else: no
+    clock, no machine, no run directory. Raises StudyError for a study or records that cannot be used.
     """
     study = read_study(study_dir)
     folder = results_folder(study, preset)
-    paths = {name: folder / name for name in OUTPUT_FILES}
+    paths = {name: folder / name for name in (*OUTPUT_FILES, *curve_files(study))}
     stamp = folder / STAMP_FILE
-    inputs = [study.path, folder / RECORDS_FILE, folder / ITEMS_FILE, *sorted(Path(__file__).parent.glob("*.py"))]
+    committed = [folder / name for name in (RECORDS_FILE, ITEMS_FILE, *([CURVES_FILE] if study.curves else []))]
+    inputs = [study.path, *committed, *sorted(Path(__file__).parent.glob("*.py"))]
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == _stamp([*inputs, *paths.values()]):
         return paths
     _rebuild(study, folder, preset)
@@ -83,6 +86,7 @@ def _rebuild(study: Study, folder: Path, preset: str | None) -> None:
         **_provenance(study, runs, preset),
     }
     write_figure(folder, plot_of(study, panel, verdict, sentence))
+    write_curve_figures(folder, study)
     write_changed(folder / "results.csv", csv_bytes(table_columns(study, rows), rows))
     write_changed(folder / "verdict.json", verdict_bytes(content))
     block = results_block(study, content, sentence, lines, arms, rows)

@@ -52,6 +52,14 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class CurveSpec:
+    """One figure of a metric, measured at every validation, over what had been spent: flops, tokens, seconds, steps."""
+
+    metric: str
+    against: str
+
+
+@dataclass(frozen=True)
 class Study:
     """The content of one ``study.yaml``; ``factors`` maps factor -> level label -> overrides, in declared order."""
 
@@ -71,6 +79,7 @@ class Study:
     budget: Mapping[str, Any]
     presets: Mapping[str, Preset]
     path: Path
+    curves: tuple[CurveSpec, ...] = ()
 
     def preset(self, name: str | None) -> Preset:
         """The named preset; the empty one for None. Raises StudyError with the nearest valid name."""

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from research.results.comparison_spec import Declared, parse_comparison
 from research.results.fields import Fields, StudyError, label_of, nearest, read_yaml
-from research.results.study import Arm, Cell, Preset, Requirement, Study, cells, fill_placeholders
+from research.results.study import Arm, Cell, CurveSpec, Preset, Requirement, Study, cells, fill_placeholders
 
 STUDY_KEYS = (
     "study", "claim", "question", "base", "requires", "arms", "factors", "seeds", "metric", "lower_is_better",
-    "comparison", "secondary", "published", "budget", "presets",
+    "comparison", "secondary", "published", "budget", "presets", "curves",
 )  # fmt: skip
+CURVE_COSTS = ("flops", "tokens", "seconds", "steps")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
@@ -51,9 +52,24 @@ def read_study(folder: str | Path) -> Study:
         budget=fields.child("budget").content,
         presets={name: _preset(name, fields, declared) for name in _names(fields.child("presets"))},
         path=path,
+        curves=_curves(fields),
     )
     _check_placeholders(study)
     return study
+
+
+def _curves(fields: Fields) -> tuple[CurveSpec, ...]:
+    given = fields.content.get("curves") or []
+    if not isinstance(given, list):
+        raise fields.error("curves", "a list of curves, such as [{metric: val/accuracy, against: flops}]")
+    found = []
+    for number, entry in enumerate(given):
+        item = Fields(entry, fields.file, f"curves[{number}]")
+        item.only(("metric", "against"))
+        found.append(CurveSpec(_metric(item, "metric"), item.choice("against", CURVE_COSTS)))
+    if len(set(found)) != len(found):
+        raise fields.error("curves", "each curve once")
+    return tuple(found)
 
 
 def _metric(fields: Fields, key: str) -> str:

@@ -34,6 +34,7 @@ from research.data.base import AbstractClassData
 from research.data.traces import TraceData
 from research.errors import ConfigError, Preempted
 from research.loops.fit import ReportProgress, StopOnInterrupt, profiler_into
+from research.loops.ledger import training_of
 from research.loops.self_taught_plan import SelfTaughtPlan
 from research.loops.strong_to_weak import StrongToWeakPlan
 from research.loops.training import TrainingRun
@@ -73,7 +74,7 @@ def train_into(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> RunRecor
             command="distill train",
             overrides=overrides,
         )
-        run.loop = _loop(cfg, parts, overrides)
+        run.loop = _loop(cfg, parts, run_dir, overrides)
         interrupt = StopOnInterrupt()
         fast = bool(cfg.trainer.fast_dev_run)
         late: dict[str, Any] = {
@@ -96,7 +97,7 @@ def train_into(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> RunRecor
         return record
 
 
-def _loop(cfg: DictConfig, parts: Parts, overrides: list[str]) -> Any:
+def _loop(cfg: DictConfig, parts: Parts, run_dir: Path, overrides: list[str]) -> Any:
     """What runs several fits where the config asks for it; None for one fit."""
     if not plain(cfg.loop).get("_target_"):
         return None
@@ -107,7 +108,7 @@ def _loop(cfg: DictConfig, parts: Parts, overrides: list[str]) -> Any:
 
     plan = expect_kind(make(cfg.loop, "loop"), "loop", (SelfTaughtPlan, StrongToWeakPlan))
     if isinstance(plan, StrongToWeakPlan):
-        return StrongToWeakLoop(cfg, plan, parts.data, overrides, train_into)
+        return StrongToWeakLoop(cfg, plan, parts.data, run_dir, overrides, train_into)
     if not isinstance(parts.data, TraceData):
         raise ConfigError("loop=self_taught needs problems with an answer key: data=traces and a task")
     return SelfTaughtLoop(cfg, parts.data, plan)
@@ -168,7 +169,7 @@ def _cache_record(
     manifest = read_manifest(folder)
     nothing: dict[str, float | None] = {"flops": 0.0, "tokens": 0.0, "seconds": 0.0}
     scoring = {"flops": manifest.scoring_flops, "tokens": float(manifest.rows), "seconds": wall_s}
-    training = {"flops": teacher.identity.training_flops, "tokens": None, "seconds": None}
+    training = training_of(teacher.identity)
     return RunRecord(
         command="distill cache",
         experiment=cfg.name,

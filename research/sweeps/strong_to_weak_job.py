@@ -26,6 +26,7 @@ from research.loops.strong_to_weak import (
 )
 from research.loops.training import RECORD_FILE
 from research.methods.base import AbstractMethod
+from research.results.curves import CURVE_FILE, joined_curves, read_curve, write_curve
 from research.results.record import RunRecord, read_record
 from research.schemas import check_root
 from research.sweeps.grammar import quoted
@@ -39,11 +40,18 @@ class StrongToWeakLoop:
     """The ``loop`` of a training run whose phases are runs themselves, in ``phases/<number>_<name>`` of its folder.
 
     A finished phase is not repeated; with ``ckpt_path=last`` one that was killed goes on from its own last checkpoint.
-    All phases are composed before the first begins: a typing error in the last one costs no training.
+    All phases are composed, and what is finished is compared with them, before anything begins: a typing error in the
+    last one costs no training.
     """
 
     def __init__(
-        self, cfg: DictConfig, plan: StrongToWeakPlan, data: DataModule, overrides: list[str], train: TrainInto
+        self,
+        cfg: DictConfig,
+        plan: StrongToWeakPlan,
+        data: DataModule,
+        run_dir: Path,
+        overrides: list[str],
+        train: TrainInto,
     ) -> None:
         if cfg.trainer.get("devices") not in (1, None) or cfg.trainer.get("num_nodes", 1) != 1:
             raise ConfigError(
@@ -56,8 +64,11 @@ class StrongToWeakLoop:
         self.metrics: dict[str, float] = {}
         self.ledger: Ledger = {}
         self.scores: Scores | None = None
-        for phase in plan.declared():
-            self._composed(phase, None, None)
+        for number, phase in enumerate(plan.declared()):
+            _, wanted = self._composed(phase, None, None)
+            finished = _finished(folder_of(run_dir, number, phase))
+            if finished is not None:
+                check_finished(finished, wanted, folder_of(run_dir, number, phase))
 
     def run(self, method: AbstractMethod, interrupt: StopOnInterrupt, run_dir: Path) -> FitOutcome:
         """Run, or go on with, the phases; the last one's weights end in ``method``.
@@ -75,6 +86,8 @@ class StrongToWeakLoop:
         start_from(method.student, str(init_from), self._data.facts())
         self.scores = scores_of(run_dir.absolute(), folders, records)
         self.ledger = ledger_of_phases(list(records.values()))
+        curves = [read_curve(folder / CURVE_FILE) for folder in folders.values() if (folder / CURVE_FILE).exists()]
+        write_curve(run_dir / CURVE_FILE, joined_curves(curves))
         return FitOutcome("completed", None, time.perf_counter() - started)
 
     def _phase(self, phase: Phase, folder: Path, init_from: str | None, earlier: list[RunRecord]) -> RunRecord:
@@ -82,7 +95,6 @@ class StrongToWeakLoop:
         begins = None if init_from is None else quoted(init_from)
         finished = _finished(folder)
         if finished is not None:
-            check_finished(finished, overrides_of(phase, self._overrides, begins, None), folder)
             if earlier and finished.started_at < earlier[-1].started_at:
                 raise CheckpointError(
                     f"{folder} was finished before the phase that it begins with was made anew; remove it, or give "

@@ -14,7 +14,7 @@ from research.models.weights import save_tokenizer
 from research.results.record import RunRecord, collect_versions, git_revision, hardware, write_record
 from research.schemas import check_root
 from research.sweeps.jobs import prepare_process
-from research.sweeps.traces_parts import Parts, build_parts, stored_codec
+from research.sweeps.traces_parts import TRAINING, Parts, build_parts, stored_codec
 from research.traces.explorer import write_explorer
 from research.traces.manifest import StoreManifest, read_manifest
 from research.traces.progress import TraceProgress
@@ -100,7 +100,7 @@ def _record(cfg: DictConfig, parts: Parts, manifest: StoreManifest, started_at: 
         limited = getattr(getattr(generator, "spent", None), "context_limited", 0)
         teacher = {**parts.teacher, "events": events, "context_limited": limited}
         scoring = manifest.cost
-        training = {"flops": parts.teacher["training_flops"], "tokens": None, "seconds": None}
+        training = {name.removeprefix("training_"): parts.teacher[name] for name in TRAINING}
     name = parts.task.name if parts.task is not None else Path(str(cfg.data.file)).name
     return RunRecord(
         command="distill traces",

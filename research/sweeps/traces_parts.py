@@ -28,6 +28,7 @@ from research.traces.importing import TraceImport
 from research.traces.sources import AbstractSource, FileSource, ReferenceSource, TeacherSource
 
 QUARANTINE_FILE = "quarantine.jsonl"
+TRAINING = ("training_flops", "training_tokens", "training_seconds")
 _SAMPLING = ("num_samples", "temperature", "top_p", "max_new_tokens")
 
 
@@ -67,8 +68,8 @@ def build_parts(cfg: DictConfig, folder: Path) -> Parts:
         source = ReferenceSource(problems, grader, **options)
     else:
         sampling = _sampling(cfg)
-        generator, training_flops = _generator(cfg, codec)
-        teacher = {**generator.identity, "source": cfg.teacher.path, "training_flops": training_flops}
+        generator, training = _generator(cfg, codec)
+        teacher = {**generator.identity, "source": cfg.teacher.path, **training}
         source = TeacherSource(problems, generator, grader, sampling, **options)
     filters = _filters(cfg, task, source)
     settings = {
@@ -135,7 +136,7 @@ def _compared(teacher: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What must stay the same of a teacher: the place it is found at, and what it once cost, may change."""
     if teacher is None:
         return None
-    moving = ("base_url", "source", "training_flops")
+    moving = ("base_url", "source", *TRAINING)
     return {name: value for name, value in teacher.items() if name not in moving}
 
 
@@ -257,8 +258,8 @@ def _tokenizer_folder(cfg: DictConfig) -> str | None:
     return str(inside if inside.is_dir() else path)
 
 
-def _generator(cfg: DictConfig, codec: Codec | None) -> tuple[AbstractGenerator, float | None]:
-    """The generator, and the FLOPs that its teacher's training took (None: not known)."""
+def _generator(cfg: DictConfig, codec: Codec | None) -> tuple[AbstractGenerator, dict[str, float | None]]:
+    """The generator, and what its teacher's training took: TRAINING -> number, None where it is not known."""
     node = plain(cfg.generator)
     if str(node.get("_target_", "")).endswith(".LocalGenerator"):
         if not cfg.teacher.path or codec is None:
@@ -274,10 +275,10 @@ def _generator(cfg: DictConfig, codec: Codec | None) -> tuple[AbstractGenerator,
         }
         loaded = load_network(cfg.teacher.path, dtype=cfg.teacher.dtype, **facts)
         made = make(node, "generator", network=loaded.network, tokenizer=codec)
-        return expect_kind(made, "generator", AbstractGenerator), loaded.training_flops
+        return expect_kind(made, "generator", AbstractGenerator), {name: getattr(loaded, name) for name in TRAINING}
     if cfg.teacher.path:
         raise ConfigError("teacher.path is a model of this process; leave it out with generator=server")
-    return expect_kind(make(node, "generator"), "generator", AbstractGenerator), None
+    return expect_kind(make(node, "generator"), "generator", AbstractGenerator), dict.fromkeys(TRAINING)
 
 
 def _problems_sha256(problems: list[Problem]) -> str:

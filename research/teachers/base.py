@@ -21,7 +21,8 @@ class TeacherIdentity:
     sha256           hash of the weights behind the signal (of the members' hashes for an ensemble)
     source           file or folder it came from, as given
     details          plain values that change the signal (averaging, transform, ...)
-    training_flops   FLOPs once spent on training it, None where no record says so
+    training_flops, training_tokens, training_seconds   once spent on training it: updates, and what of rollouts and of
+                     its own teacher's scoring that took; None where no record says so
     """
 
     kind: str
@@ -29,6 +30,8 @@ class TeacherIdentity:
     source: str
     details: dict[str, Any]
     training_flops: float | None = None
+    training_tokens: float | None = None
+    training_seconds: float | None = None
 
 
 class AbstractTeacher(ABC):

@@ -103,6 +103,8 @@ class CacheWriter:
             complete=False,
             teacher_source=teacher.identity.source,
             teacher_training_flops=teacher.identity.training_flops,
+            teacher_training_tokens=teacher.identity.training_tokens,
+            teacher_training_seconds=teacher.identity.training_seconds,
             scoring_flops=teacher.flops_per_row() * self.rows,
         )
 
@@ -201,6 +203,8 @@ class CachedTeacher(AbstractTeacher):
             source=str(folder),
             details={**mark.teacher_details, "top_k": mark.top_k, "dtype": mark.dtype},
             training_flops=self.manifest.teacher_training_flops,
+            training_tokens=self.manifest.teacher_training_tokens,
+            training_seconds=self.manifest.teacher_training_seconds,
         )
         self._columns, self._row_of = self._read_shards()
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,13 +66,14 @@ class EnsembleTeacher(AbstractTeacher):
         self._hashes = [fact.identity.sha256 for fact in facts]
         self._flops = None if facts[0].flops is None else sum(fact.flops or 0.0 for fact in facts)
         self._flops_of_shape: dict[tuple[int, ...], float] = {}
-        spent = [fact.identity.training_flops for fact in facts]
         self.identity = TeacherIdentity(
             kind="ensemble",
             sha256=hashlib.sha256("".join(self._hashes).encode()).hexdigest(),
             source=", ".join(fact.identity.source for fact in facts),
             details={"mean": mean, "temperature": temperature, "members": len(facts)},
-            training_flops=None if None in spent else sum(s for s in spent if s is not None),
+            training_flops=_sum(fact.identity.training_flops for fact in facts),
+            training_tokens=_sum(fact.identity.training_tokens for fact in facts),
+            training_seconds=_sum(fact.identity.training_seconds for fact in facts),
         )
 
     def _read(self, loader: Callable[[], LoadedNetwork]) -> _MemberFacts:
@@ -121,3 +122,9 @@ class EnsembleTeacher(AbstractTeacher):
             members = (self._member(position) for position in range(len(self._loaders)))
             self._flops_of_shape[shape] = sum(member.flops_of(batch) for member in members) / rows
         return self._flops_of_shape[shape] * int(inputs[0].shape[0])
+
+
+def _sum(costs: Iterable[float | None]) -> float | None:
+    """None where one of them is not known."""
+    given = list(costs)
+    return None if None in given else sum(cost for cost in given if cost is not None)

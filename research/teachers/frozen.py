@@ -28,6 +28,8 @@ class LoadedNetwork:
     num_classes: int
     source: str
     training_flops: float | None = None
+    training_tokens: float | None = None
+    training_seconds: float | None = None
 
 
 class FrozenTeacher(AbstractTeacher):
@@ -63,6 +65,8 @@ class FrozenTeacher(AbstractTeacher):
             source=loaded.source,
             details={},
             training_flops=loaded.training_flops,
+            training_tokens=loaded.training_tokens,
+            training_seconds=loaded.training_seconds,
         )
 
     @property

@@ -5,7 +5,8 @@ A path may be a run folder of `distill train`, its `student` folder, a Lightning
 
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, Unpack
@@ -31,6 +32,7 @@ from research.teachers.frozen import FrozenTeacher, LoadedNetwork
 
 NETWORK_FOLDER = "student"
 CHECKPOINT_SUFFIXES = (".ckpt",)
+BESIDE_UPDATES = ("rollout", "prompt_prefill", "teacher_scoring")  # what training costs beside the student's updates
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 UNROUNDED = ("float32", "auto")
@@ -56,9 +58,9 @@ def load_network(path: str | Path, *, dtype: str = "float32", **facts: Unpack[Da
     if path.suffix in CHECKPOINT_SUFFIXES:
         return _rounded(_from_checkpoint(path, facts), dtype)
     if (path / NETWORK_FOLDER / ARCHITECTURE_FILE).exists():
-        return _rounded(_from_folder(path / NETWORK_FOLDER, facts, _training_flops(path / "run.json")), dtype)
+        return _rounded(_from_folder(path / NETWORK_FOLDER, facts, _training_cost(path / "run.json")), dtype)
     if (path / ARCHITECTURE_FILE).exists():
-        return _rounded(_from_folder(path, facts, _training_flops(path.parent / "run.json")), dtype)
+        return _rounded(_from_folder(path, facts, _training_cost(path.parent / "run.json")), dtype)
     if (path / "config.json").exists():
         return _from_hugging_face(path, facts, dtype)
     raise CheckpointError(
@@ -133,7 +135,7 @@ def _rounded(loaded: LoadedNetwork, dtype: str) -> LoadedNetwork:
     return loaded
 
 
-def _from_folder(folder: Path, facts: DataFacts, training_flops: float | None) -> LoadedNetwork:
+def _from_folder(folder: Path, facts: DataFacts, cost: Mapping[str, float | None]) -> LoadedNetwork:
     architecture = read_architecture(folder)
     _refuse_unfit(folder, facts_of(architecture), facts)
     network = rebuild(at_home(architecture, folder))
@@ -141,7 +143,8 @@ def _from_folder(folder: Path, facts: DataFacts, training_flops: float | None) -
         check_sha256(network, folder, architecture.get("sha256"))
     else:
         load_weights(network, folder, architecture.get("sha256"))
-    return _loaded(network, facts_of(architecture), str(folder), training_flops)
+    loaded = _loaded(network, facts_of(architecture), str(folder))
+    return replace(loaded, **{f"training_{name}": value for name, value in cost.items()})
 
 
 def _from_checkpoint(path: Path, facts: DataFacts) -> LoadedNetwork:
@@ -158,7 +161,7 @@ def _from_checkpoint(path: Path, facts: DataFacts) -> LoadedNetwork:
     state = {name.removeprefix("student."): tensor for name, tensor in named.items()}
     check_state(network, state, str(path))
     network.load_state_dict(state)
-    return _loaded(network, facts_of(architecture), str(path), None)
+    return _loaded(network, facts_of(architecture), str(path))
 
 
 def _from_hugging_face(path: Path, facts: DataFacts, dtype: str) -> LoadedNetwork:
@@ -166,16 +169,16 @@ def _from_hugging_face(path: Path, facts: DataFacts, dtype: str) -> LoadedNetwor
         from research.models.pretrained import HuggingFaceClassifier
 
         shape, classes = facts["input_shape"], facts["num_classes"]
-        return _loaded(HuggingFaceClassifier(path, input_shape=shape, num_classes=classes), facts, str(path), None)
+        return _loaded(HuggingFaceClassifier(path, input_shape=shape, num_classes=classes), facts, str(path))
     _refuse_other_tokens(path, facts.get("tokenizer_sha256"))
     description = {"_target_": PRETRAINED, "path": str(path), "dtype": dtype}
-    return _loaded(build_network(description, key="teacher", **facts), facts, str(path), None)
+    return _loaded(build_network(description, key="teacher", **facts), facts, str(path))
 
 
-def _loaded(network: nn.Module, facts: DataFacts, source: str, training_flops: float | None) -> LoadedNetwork:
+def _loaded(network: nn.Module, facts: DataFacts, source: str) -> LoadedNetwork:
     if "vocab_size" in facts:
-        return LoadedNetwork(network, None, int(facts["vocab_size"]), source, training_flops)
-    return LoadedNetwork(network, tuple(facts["input_shape"]), int(facts["num_classes"]), source, training_flops)
+        return LoadedNetwork(network, None, int(facts["vocab_size"]), source)
+    return LoadedNetwork(network, tuple(facts["input_shape"]), int(facts["num_classes"]), source)
 
 
 def _refuse_unfit(path: Path, own: DataFacts, facts: DataFacts) -> None:
@@ -226,9 +229,15 @@ def _other_tokens(path: Path, own: str, given: str) -> CheckpointError:
     )
 
 
-def _training_flops(record: Path) -> float | None:
-    """FLOPs of the student updates in a run record, None where there is no record or it does not say."""
+def _training_cost(record: Path) -> dict[str, float | None]:
+    """FLOPs, tokens and seconds that a run record tells of its training: updates, rollouts, its teacher's scoring.
+
+    None where there is no record or it does not say; a part that the record does not have was not done.
+    """
     try:
-        return json.loads(record.read_text())["ledger"]["student_update"]["flops"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        ledger = json.loads(record.read_text())["ledger"]
+        parts = [ledger["student_update"], *(ledger[part] for part in BESIDE_UPDATES if part in ledger)]
+        values = {name: [part.get(name) for part in parts] for name in ("flops", "tokens", "seconds")}
+        return {name: None if None in given else float(sum(given)) for name, given in values.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}

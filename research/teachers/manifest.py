@@ -45,6 +45,8 @@ class CacheManifest:
     teacher_training_flops: float | None = None
     scoring_flops: float | None = None
     shards: dict[str, str] = field(default_factory=dict)
+    teacher_training_tokens: float | None = None
+    teacher_training_seconds: float | None = None
 
 
 def read_manifest(folder: Path) -> CacheManifest:

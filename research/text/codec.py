@@ -1,5 +1,6 @@
 """From a trace to a document of token ids and back: the one place where text meets the student."""
 
+import copy
 import hashlib
 import json
 from collections import Counter
@@ -41,6 +42,7 @@ class Codec:
                 template that has one, else the tokenizer's EOS
     pad_id      id of padding; may be an EOS, since padding is told by its segment and never by its id
     vocab_size  ids lie below it: the least width of a model's logits
+    mark        what stands behind every problem; see :meth:`marked`
 
     Raises ConfigError or ValueError for options that cannot work, and for a chat template whose preflight fails.
     """
@@ -65,6 +67,7 @@ class Codec:
         self.tokenizer, self.template, self.trace_format = tokenizer, template, trace_format
         self.max_tokens, self.prompt_loss_weight = max_tokens, prompt_loss_weight
         self.max_prompt_tokens, self.allow_empty_chain = max_prompt_tokens, allow_empty_chain
+        self.mark = ""
         self.encoder = TextEncoder(tokenizer)
         self._before = self.encoder.special_end(template.prompt(SAMPLE_PROBLEM))
         self.bos_ids = () if isinstance(template, Chat) else self.encoder.bos_ids
@@ -77,10 +80,16 @@ class Codec:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
+    def marked(self, mark: str) -> "Codec":
+        """The same codec, which asks for a mode: ``mark`` stands behind every problem; "": behind none."""
+        other = copy.copy(self)
+        other.mark = mark
+        return other
+
     def prompt_ids(self, problem_text: str) -> list[int]:
         """The ids that generation starts from. Raises ControlToken or UnknownCharacter."""
         self.encoder.refuse_control_tokens(problem_text, "problem")
-        ids = self.encoder.start(self.template.prompt(problem_text))
+        ids = self.encoder.start(self.template.prompt(problem_text + self.mark))
         if self.max_prompt_tokens is not None:
             ids = ids[-(self.max_prompt_tokens - len(self.bos_ids)) :]
         return [*self.bos_ids, *ids]
@@ -140,7 +149,7 @@ class Codec:
         told = {
             "tokenizer": tokenizer_sha256(self.tokenizer),
             "template": type(self.template).__name__,
-            "prompt": self.template.prompt(SAMPLE_PROBLEM),
+            "prompt": self.template.prompt(SAMPLE_PROBLEM + self.mark),
             "completion": [self.template.completion(SAMPLE_CHAIN, SAMPLE_ANSWER, self.layout)],
             "trace_format": self.trace_format,
             "max_prompt_tokens": self.max_prompt_tokens,

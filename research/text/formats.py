@@ -1,6 +1,6 @@
 """The arms of a trace study as one value: what is done to a chain before it is written, and where the answer stands."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,29 @@ TRACE_FORMATS = {
     "shuffled_chain": "chain_then_answer",  # the chain's steps in another order
     "swapped_chain": "chain_then_answer",  # another problem's chain
 }
+
+
+# how a student of two modes is asked: for a chain and its answer, or for the answer alone
+MODES = ("think", "no_think")
+
+
+def in_modes(traces: Sequence[Trace], marks: Mapping[str, str] | None, seed: int) -> list[Trace]:
+    """A seeded half of the traces (one less where their number is odd) without its chain: the mode no_think.
+
+    marks  mode -> what is put behind the problem; None: nothing, so that the same mixture says nowhere what is asked
+           for. ``details["mode"]`` tells it in either case
+
+    The same half for one ``seed`` and number of traces, with and without marks.
+    """
+    order = torch.randperm(len(traces), generator=rng_for(seed, "modes")).tolist()
+    without_chain = set(order[: len(traces) // 2])
+    found = []
+    for place, trace in enumerate(traces):
+        mode = "no_think" if place in without_chain else "think"
+        chain = "" if mode == "no_think" else trace.chain
+        problem = trace.problem + ("" if marks is None else marks[mode])
+        found.append(replace(trace, problem=problem, chain=chain, details={**trace.details, "mode": mode}))
+    return found
 
 
 def layout_of(trace_format: str) -> str:

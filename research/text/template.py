@@ -1,7 +1,9 @@
 """The template contract: how a problem, a chain and an answer become text, and how written text is read back."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 LAYOUTS = ("chain_then_answer", "answer_then_chain", "answer_only")
 
@@ -22,10 +24,12 @@ class AbstractTemplate(ABC):
 
     alphabet        every character that the template itself writes
     step_separator  what stands between two steps of a chain
+    mode_marks      mode -> what the prompt says behind the problem to ask for it; see ``formats.MODES``
     """
 
     alphabet: str
     step_separator: str
+    mode_marks: ClassVar[Mapping[str, str]] = {"think": " /think", "no_think": " /no_think"}
 
     @abstractmethod
     def prompt(self, problem: str) -> str:

@@ -8,7 +8,7 @@ text goes on to pose a problem of its own.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from research.errors import ConfigError
 from research.text.template import LAYOUTS, AbstractTemplate, Parsed
@@ -34,8 +34,9 @@ class Plain(AbstractTemplate):
     the first ``:`` ends the answer. Text with ``=`` in it has no answer.
     """
 
-    alphabet = "=#:;"
+    alphabet = "=#:;"  # the marks of the modes apart: only students that have modes know them
     step_separator = ";"
+    mode_marks: ClassVar[Mapping[str, str]] = {"think": "T", "no_think": "N"}
 
     def prompt(self, problem: str) -> str:
         return f"{problem}="

@@ -160,7 +160,7 @@ def needs(
                 return [override for override in soft if not override.startswith(f"{choice.partition('/')[0]}=")]
             case "method/soft_target":
                 return soft[1:]
-            case "data/traces" | "method/sft_trace" | "loop/self_taught":
+            case "data/traces" | "method/sft_trace" | "loop/self_taught" | "loop/strong_to_weak":
                 return text(group)
             case "model/pretrained_lm":
                 return [*text(group, **pretrained), f"student.path='{stand_in('Qwen/Qwen2.5')}'"]
@@ -191,6 +191,8 @@ def test_p112_every_choice_builds(
         assert len(parts.data.documents("train")) == 8 and parts.data.facts()["vocab_size"] > 2
     else:
         assert parts.data.num_classes == 10
+    if choice == "loop/strong_to_weak":
+        assert [phase.name for phase in make(cfg.loop, "loop").declared()] == ["off_policy", "on_policy"]
     if choice == "loop/self_taught":
         plan = make(cfg.loop, "loop")
         assert isinstance(plan, SelfTaughtPlan) and SelfTaughtLoop(cfg, parts.data, plan).metrics == {}

@@ -19,7 +19,7 @@ ROOT_KEYS = {
     "train": {
         "name", "seed", "data", "task", "template", "student", "teacher", "reference", "signal_transform", "method",
         "optimizer", "scheduler", "loop", "trainer", "logger", "paths", "evaluation", "ckpt_path", "monitor", "compile",
-        "threads", "keep_checkpoints", "tags", "budget", "checkpoint_steps",
+        "threads", "keep_checkpoints", "tags", "budget", "checkpoint_steps", "init_from", "teacher_template",
         "preflight", "preflight_problems",
     },
     "cache": {
@@ -127,7 +127,7 @@ def test_divergence_names() -> None:
 def test_study_and_verdict_keys() -> None:
     assert STUDY_KEYS == (
         "study", "claim", "question", "base", "requires", "arms", "factors", "seeds", "metric", "lower_is_better",
-        "comparison", "secondary", "published", "budget", "presets",
+        "comparison", "secondary", "published", "budget", "presets", "curves",
     )  # fmt: skip
     assert VERDICT_KEYS == (
         "study", "claim", "verdict", "reason", "metric", "arms", "requires", "comparison", "secondary", "published",

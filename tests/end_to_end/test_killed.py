@@ -49,8 +49,10 @@ def killed_run(folder: Path, *flags: str) -> int:
 
 @pytest.mark.parametrize(
     "flags",
-    [(f"trainer.max_steps={STEPS}",), ("budget.tokens=30000", "trainer.max_epochs=-1")],
-    ids=["steps", "budget"],
+    [
+        pytest.param((f"trainer.max_steps={STEPS}",), marks=pytest.mark.slow, id="steps"),
+        pytest.param(("budget.tokens=30000", "trainer.max_epochs=-1"), id="budget"),
+    ],
 )
 def test_p81_a_killed_run_goes_on_within_its_epoch(
     flags: tuple[str, ...], distill: Callable[..., Any], tmp_path: Path

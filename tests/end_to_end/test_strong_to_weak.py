@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from research.results.curves import read_curve
 from research.results.record import LEDGER_PARTS, RunRecord, read_record
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -82,6 +83,16 @@ def test_p122_the_ledger_is_the_sum_of_the_phases(whole: Path) -> None:
     assert record.ledger["student_update"]["flops"] > first.ledger["student_update"]["flops"] > 0
 
 
+def test_the_phases_are_one_curve(whole: Path) -> None:
+    """A validation after step 10 and the end at 12, then 10 steps more."""
+    record = read_record(whole / "run.json")
+    rows = read_curve(whole / record.artifacts["curve"])
+    assert [row["step"] for row in rows] == [10, 12, 22]
+    assert rows[-1]["spent_tokens"] == record.ledger["student_update"]["tokens"]
+    assert rows[-1]["spent_flops"] == record.ledger["student_update"]["flops"]
+    assert rows[-1]["val/nll"] == record.metrics["val/nll"]
+
+
 def test_a_finished_phase_is_not_repeated(whole: Path, distill: Callable[..., Any]) -> None:
     before = {name: (whole / "phases" / name / "run.json").stat().st_mtime_ns for name in FOLDERS}
     metrics = read_record(whole / "run.json").metrics
@@ -92,9 +103,10 @@ def test_a_finished_phase_is_not_repeated(whole: Path, distill: Callable[..., An
     other = [flag.replace("trainer.max_steps=12", "trainer.max_steps=13") for flag in RUN]
     error = distill("train", *other, "ckpt_path=last", "hydra.run.dir=run", cwd=whole.parent).error
     assert "holds a finished phase of another run (trainer.max_steps=12 then, trainer.max_steps=13 now)" in error
+    assert read_record(whole / "run.json").metrics == metrics, "what is refused leaves everything as it was"
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", [pytest.param(FOLDERS[0], marks=pytest.mark.slow), FOLDERS[1]])
 def test_p81_a_run_killed_in_either_phase_goes_on(
     folder: str, whole: Path, distill: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -143,3 +155,26 @@ def test_a_phase_that_fails_is_named_in_its_record_and_the_run_s(distill: Callab
     assert "not finite" in done.error
     found = {path.parent.name: json.loads(path.read_text())["status"] for path in tmp_path.rglob("run.json")}
     assert found == {"run": "failed", "1_a": "completed", "2_b": "failed"}
+
+
+def test_traces_first_and_the_students_own_words_then(whole: Path, distill: Callable[..., Any], tmp_path: Path) -> None:
+    """The real recipe, small: on-policy KL to a frozen teacher, within a budget, from the student of the first phase."""
+    words = (
+        "{name: words, overrides: ['data=prompts', 'data.num_prompts=8', 'method=on_policy', 'method.max_new_tokens=8', "
+        f"'teacher=frozen', \"teacher.path='{whole}'\", 'trainer.max_epochs=-1', 'budget.tokens=3000']}}"
+    )
+    phases = f"loop.phases=[{{name: traces, overrides: ['trainer.max_steps=4']}}, {words}]"
+    done = distill("train", *RUN[:-1], "preflight=skip", phases, "hydra.run.dir=run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    record = read_record(tmp_path / "run" / "run.json")
+    traces, words_record = (
+        read_record(tmp_path / "run" / "phases" / name / "run.json") for name in ("1_traces", "2_words")
+    )
+    assert words_record.config["init_from"] == str(tmp_path / "run" / "phases" / "1_traces")
+    for part in ("prompt_prefill", "rollout", "teacher_scoring"):
+        line = record.ledger[part]
+        assert line["flops"] > 0 and line["tokens"] > 0 and line["seconds"] > 0 and traces.ledger[part]["flops"] == 0
+    of_run = ("student_update", "prompt_prefill", "rollout", "teacher_scoring")
+    spent = sum(words_record.ledger[part]["tokens"] for part in of_run)
+    assert record.metrics["budget/tokens"] == spent >= 3000 > spent * (1 - 1 / record.metrics["budget/steps"])
+    assert str(words_record.reason).startswith("budget.tokens is 3000")

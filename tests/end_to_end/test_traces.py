@@ -196,6 +196,9 @@ def test_error_channels_on_the_tasks_own_solutions(distill: Distill, tmp_path: P
     assert set(kept["answer_key"]) == {"valid_right", "lucky_answer"} and kept["answer_key"]["lucky_answer"] > 150
     assert kept["step_verifier"] == {"valid_right": kept["answer_key"]["valid_right"]}
     assert len(read_traces(tmp_path / "step_verifier")) == kept["step_verifier"]["valid_right"]
+    slipped = {name: record_of(tmp_path / name).metrics["traces/false_positives"] for name in kept}
+    lucky = kept["answer_key"]["lucky_answer"] / sum(kept["answer_key"].values())
+    assert slipped == {"answer_key": pytest.approx(lucky), "step_verifier": 0}
     assert record_of(tmp_path / "answer_key").ledger["teacher_scoring"]["flops"] == 0
     assert record_of(tmp_path / "answer_key").teacher is None
 

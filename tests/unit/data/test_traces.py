@@ -23,7 +23,7 @@ from research.records import Problem, TokenBatch, Trace, Verdict
 from research.tasks.addition import Addition
 from research.tasks.arithmetic import ChainedSums
 from research.tasks.base import AbstractTask, Split
-from research.tasks.word_problems import Gsm8k, Svamp
+from research.tasks.word_problems import Gsm8k, Gsm8kR1, Svamp
 from research.text.document import Document
 from research.text.formats import TRACE_FORMATS
 from research.text.templates import Alpaca, Plain
@@ -203,6 +203,32 @@ def test_released_traces_are_a_store_by_name(require_data: Callable[..., Path]) 
             TraceData(task=Svamp(), store=store, **options).setup()
     with pytest.raises(ConfigError, match="traces of svamp; the task is gsm8k"):
         TraceData(task=Gsm8k(), store="released:svamp_palm540b", **options).traces()
+
+
+def test_a_task_without_chains_is_validated_on_the_release_s_own(require_data: Callable[..., Path]) -> None:
+    """Real traces of held-out questions, one each; before, there was no document to measure a loss on."""
+    require_data("traces")
+    options: dict[str, Any] = {"template": Alpaca(), "tokenizer": "bpe", "vocab_size": 300, "max_tokens": 5000,
+                               "num_train": 20, "num_val": 5, "num_test": 6}  # fmt: skip
+    data = TraceData(task=Gsm8kR1(), store="released:gsm8k_r1distill:correct", **options)
+    assert not any(problem.chain for problem in data.problems("test"))
+    thoughts: dict[str, list[str]] = {}
+    for row in Gsm8kR1().rows:
+        thought = row["rationale"].partition("</think>")[0].strip().removeprefix("<think>").strip()
+        thoughts.setdefault(row["question"].strip(), []).append(thought)
+    for split, least in (("val", 4), ("test", 5)):
+        for document in data.documents(split):
+            question = data.problems(split)[document.index].text
+            text = data.codec.tokenizer.decode(document.ids)
+            assert question in text and any(thought in text for thought in thoughts[question])
+        assert len(data.documents(split)) >= least
+    asked = {" ".join(p.text.split()) for split in ("val", "test") for p in data.problems(split)}
+    assert not asked & {" ".join(trace.problem.split()) for trace in data.traces()}, "split by question"
+    own = TraceData(task=Svamp(), store="released:svamp_palm540b", **options)
+    told = [own.codec.tokenizer.decode(document.ids) for document in own.documents("val")]
+    assert all(problem.chain in text for problem, text in zip(own.problems("val"), told, strict=True)), (
+        "chains of its own"
+    )
 
 
 def test_a_store_s_text_may_hold_what_the_characters_lack(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_p03_zero_at_equality_and_never_negative(name, weights, dtype):
     near = HiddenProjection(student[0].detach() + 1e-4, *(tensor.detach() for tensor in student[1:]))
     value = linear_divergence(projection, near, divergence=name, chunk_rows=4, **weights).total.item()
     wide = soft_target(project(projection).double(), DenseLogits(project(near).double()), divergence=name, **weights)
-    assert value == pytest.approx(wide.total.item(), rel=0.1, abs=1e-7)
+    assert value == pytest.approx(wide.total.item(), rel=0.1, abs=5e-7) and value > -5e-7  # of nine rows
 
 
 # -- chunks -----------------------------------------------------------------------------------------------------------
@@ -441,11 +441,11 @@ def test_classes_that_do_not_exist_and_infinite_values_are_those_of_the_definiti
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_compiled_elementwise_work_gives_the_same():
-    for name, weights in WEIGHTED[:4]:
-        student, target = leaves(40), teacher(40)
-        options = {"divergence": name, "chunk_rows": 16, **weights}
-        ours = linear_divergence(HiddenProjection(*student), target, compiled=True, **options)
-        assert_same(ours, linear_divergence(HiddenProjection(*student), target, **options), student)
+    """One form is enough to see that the compiled one is called; every block has three rows, so it compiles once."""
+    student, target = leaves(36), teacher(36)
+    options = {"divergence": "jsd", "chunk_rows": 12, "teacher_mixture_weight": 0.3}
+    ours = linear_divergence(HiddenProjection(*student), target, compiled=True, **options)
+    assert_same(ours, linear_divergence(HiddenProjection(*student), target, **options), student)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """A small student, a small teacher and a quiet trainer, on the digits: what the tests of methods share."""
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from research.methods.schedules import warmup_then_linear
 from research.methods.soft_target import LogitMatching, SoftTarget
 from research.methods.supervised import Supervised
 from research.models.build import build_network, describe
+from research.models.flops import flops_by_length
 from research.teachers.base import AbstractTeacher
 from research.teachers.frozen import FrozenTeacher, LoadedNetwork
 
@@ -114,13 +115,20 @@ def make_kit() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def words() -> Any:
-    """The module ``own_words_kit.py`` beside this file: students that write, and what they need."""
+def words() -> Iterator[Any]:
+    """The module ``own_words_kit.py`` beside this file: students that write, and what they need.
+
+    FLOPs of equal networks are counted once: that takes longer than all the rest of a step.
+    """
     spec = importlib.util.spec_from_file_location("own_words_kit", Path(__file__).with_name("own_words_kit.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patched:
+        counted = module.counted_once(flops_by_length)
+        patched.setattr("research.methods.base.flops_by_length", counted)
+        patched.setattr("research.teachers.frozen.flops_by_length", counted)
+        yield module
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,11 @@ import transformers
 from torch import nn
 
 from research.errors import CheckpointError, ConfigError
+from research.losses.projection import project
+from research.losses.soft_target import soft_target
 from research.models.build import build_network, describe
 from research.models.weights import save_network, save_tokenizer, weights_sha256
-from research.records import TokenBatch
+from research.records import HiddenProjection, TokenBatch
 from research.teachers.frozen import FrozenTeacher
 from research.teachers.load import cached, ensemble, frozen, load_network
 from research.text.tokenizer import build_tokenizer, tokenizer_sha256
@@ -187,6 +189,56 @@ def test_a_bf16_teacher_gives_float32_logits(tmp_path: Path) -> None:
     expected = frozen(str(tmp_path), **FACTS).signal(batch).logits_NV
     assert not torch.equal(logits_BTV, expected)
     torch.testing.assert_close(logits_BTV, expected, atol=0.1, rtol=0.1)
+
+
+# -- hidden states and precision -------------------------------------------------------------------------------------
+
+
+def test_hidden_states_say_what_the_logits_say(run: Path, network: nn.Module) -> None:
+    dense, hidden = (frozen(str(run), signal=kind, **FACTS) for kind in ("dense", "hidden"))
+    assert dense.identity == hidden.identity and dense.num_classes == hidden.num_classes == len(TOKENIZER)
+    batch = token_batch()
+    with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        signal = hidden.signal(batch)
+    assert isinstance(signal, HiddenProjection) and signal.num_classes == len(TOKENIZER)
+    assert signal.hidden_ND.shape == (2, 6, 16) and signal.hidden_ND.dtype == torch.float32
+    assert not signal.hidden_ND.requires_grad and not signal.weight_VD.requires_grad
+    torch.testing.assert_close(project(signal), dense.signal(batch).logits_NV)
+    assert hidden.flops_of(batch) == dense.flops_of(batch)
+    student = torch.randn(2, 6, len(TOKENIZER), generator=torch.Generator().manual_seed(3))
+    losses = [
+        soft_target(student, teacher.signal(batch), loss_mask_N=batch.completion_BT) for teacher in (dense, hidden)
+    ]
+    torch.testing.assert_close(losses[0].total, losses[1].total)
+    assert torch.equal(losses[0].count, losses[1].count)
+
+
+def test_hidden_states_of_a_classifier_are_refused(tmp_path: Path) -> None:
+    mlp = {"_target_": "research.models.classifiers.Mlp", "hidden": [5]}
+    save_network(tmp_path / "mlp", build_network(mlp, **CLASS_FACTS), describe(mlp, **CLASS_FACTS))
+    with pytest.raises(ConfigError, match=r"teacher\.signal is hidden, and .* is a Mlp"):
+        frozen(str(tmp_path / "mlp"), signal="hidden", **CLASS_FACTS)
+    with pytest.raises(ConfigError, match=r"teacher\.signal is 'states'; expected dense or hidden"):
+        frozen(str(tmp_path / "mlp"), signal="states", **CLASS_FACTS)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"teacher\.dtype is bfloat16, and a classifier runs in float32"):
+        frozen(str(tmp_path / "mlp"), dtype="bfloat16", **CLASS_FACTS)
+
+
+def test_a_run_is_rounded_where_a_half_precision_is_asked_for(run: Path, network: nn.Module) -> None:
+    """The weights that teach are those hashed; buffers of the rotary positions keep their precision."""
+    plain, half = load_network(run, **FACTS), load_network(run, dtype="bfloat16", **FACTS)
+    for parameter, rounded in zip(network.parameters(), half.network.parameters(), strict=True):
+        assert rounded.dtype == torch.bfloat16 and torch.equal(parameter.bfloat16(), rounded)
+    assert all(buffer.dtype == torch.float32 for buffer in half.network.buffers())
+    teachers = FrozenTeacher(plain), FrozenTeacher(half)
+    assert teachers[0].identity.sha256 != teachers[1].identity.sha256
+    logits = [teacher.signal(token_batch()).logits_NV for teacher in teachers]
+    assert logits[1].dtype == torch.float32 and not torch.equal(*logits)
+    torch.testing.assert_close(logits[1], logits[0], atol=0.1, rtol=0.1)
+    for dtype in ("float32", "auto"):
+        assert weights_sha256(load_network(run, dtype=dtype, **FACTS).network) == weights_sha256(network)
+    with pytest.raises(ConfigError, match=r"teacher\.dtype is 'half'; expected one of float32, bfloat16"):
+        load_network(run, dtype="half", **FACTS)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
