@@ -256,7 +256,8 @@ class AbstractMethod(L.LightningModule, ABC):
         self.log(
             "val/errors", wrong.float(), on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=rows
         )
-        self.log("val/nll", nll, on_step=False, on_epoch=True, sync_dist=True, batch_size=rows)
+        weight = rows * self.trainer.world_size  # Lightning averages weights over ranks, and rounds that down
+        self.log("val/nll", nll, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
 
     def _log_components(self, stage: str, components: list[Component], batch: Batch, loss: Tensor) -> None:
         values = {f"{stage}/{component.name}": component.loss.mean().detach() for component in components}

@@ -19,6 +19,7 @@ def log_token_validation(method: L.LightningModule, student: Any, batch: TokenBa
     tokens = int(nll.count)
     if tokens == 0:
         return
-    options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": tokens}
+    weight = tokens * method.trainer.world_size  # Lightning averages weights over ranks, and rounds that down
+    options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": weight}
     method.log("val/nll", nll.mean(), **options)
     method.log("val/token_accuracy", right / tokens, **options)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import nn
@@ -144,7 +144,8 @@ def _from_folder(folder: Path, facts: DataFacts, cost: Mapping[str, float | None
     else:
         load_weights(network, folder, architecture.get("sha256"))
     loaded = _loaded(network, facts_of(architecture), str(folder))
-    return replace(loaded, **{f"training_{name}": value for name, value in cost.items()})
+    known: dict[str, Any] = {f"training_{name}": value for name, value in cost.items()}
+    return replace(loaded, **known)
 
 
 def _from_checkpoint(path: Path, facts: DataFacts) -> LoadedNetwork:

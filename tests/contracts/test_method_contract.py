@@ -19,6 +19,8 @@ from research.data.base import AbstractClassData
 from research.data.digits import Digits
 from research.errors import ConfigError, NonFiniteLoss
 from research.methods.base import AbstractMethod, Training
+from research.methods.on_policy import OnPolicy
+from research.methods.policy_gradient import PolicyGradient
 from research.methods.sft_trace import SftTrace
 from research.methods.soft_target import LogitMatching, SoftTarget
 from research.methods.supervised import Supervised
@@ -96,7 +98,8 @@ def test_every_method_of_the_package_is_tested_here() -> None:
         if inspect.isclass(made) and issubclass(made, AbstractMethod) and not inspect.isabstract(made)
     }
     tested = {getattr(made, "func", made) for made in METHODS.values()}
-    assert found == tested | {SftTrace}, "SftTrace takes documents: tests/unit/methods/test_sft_trace.py"
+    of_text = {SftTrace, OnPolicy, PolicyGradient}
+    assert found == tested | of_text, "methods of text have a loop over documents of their own in tests/unit/methods"
 
 
 def test_components_are_named_sums_over_rows(name: str, batch: ClassBatch) -> None:

@@ -52,7 +52,7 @@ def test_p124_root_keys_of_every_command() -> None:
     assert {command: keys_of(schema) for command, schema in SCHEMAS.items()} == ROOT_KEYS
     assert keys_of(EvaluationConfig) == {
         "splits", "variants", "bias_classes", "weights", "batch_size", "num_samples", "sampling_temperature", "top_p",
-        "max_new_tokens",
+        "max_new_tokens", "val_problems", "val_samples", "exposure",
     }  # fmt: skip
 
 

@@ -61,3 +61,23 @@ def test_benchmark_of_packing_runs_on_real_lengths(require_data: Callable[..., P
         packed = arms["packed"]
         assert 1 <= packed["places_per_token"] < packed["padded_places_per_token"]
         assert packed["packed_to"] >= packed["longest"]
+
+
+@pytest.mark.slow
+def test_benchmark_of_losses_compares_the_same_gradients_and_names_what_is_missing() -> None:
+    """Every arm that is installed has our gradients, or the benchmark stops; the others' rows say why not."""
+    command = [sys.executable, str(FOLDER / "losses_benchmark.py"), "--smoke", "--dtype", "float32"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    written = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.is_file()}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.is_file()} == written
+    lines = done.stdout.splitlines()
+    found = [json.loads(line[line.index("{") :]) for line in lines if line.startswith("time ")]
+    assert len(found) == 2 and {"floor", "chunked", "dense"} <= found[0].keys()
+    for arm in (entry for arms in found for entry in arms.values()):
+        assert "not installed" in arm["missing"] if "missing" in arm else arm["floors"] > 0
+    assert all(arms[name]["gradients_differ_by"] < 1e-4 for arms in found for name in ("chunked", "dense"))
+    memory = [json.loads(line[line.index("{") :]) for line in lines if line.startswith("memory ")]
+    assert len(memory) == 2 and all(arms["chunked"]["mb"] >= 0 for arms in memory)
+    assert any(line.startswith("| Liger | ") for line in lines)

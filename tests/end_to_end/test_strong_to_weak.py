@@ -158,9 +158,10 @@ def test_a_phase_that_fails_is_named_in_its_record_and_the_run_s(distill: Callab
 
 
 def test_traces_first_and_the_students_own_words_then(whole: Path, distill: Callable[..., Any], tmp_path: Path) -> None:
-    """The real recipe, small: on-policy KL to a frozen teacher, within a budget, from the student of the first phase."""
+    """The real recipe, small: on-policy KL to a frozen teacher, within a budget, from the first phase's student."""
     words = (
-        "{name: words, overrides: ['data=prompts', 'data.num_prompts=8', 'method=on_policy', 'method.max_new_tokens=8', "
+        "{name: words, overrides: ['data=prompts', 'data.num_prompts=8', 'method=on_policy', "
+        "'method.max_new_tokens=8', "
         f"'teacher=frozen', \"teacher.path='{whole}'\", 'trainer.max_epochs=-1', 'budget.tokens=3000']}}"
     )
     phases = f"loop.phases=[{{name: traces, overrides: ['trainer.max_steps=4']}}, {words}]"

@@ -87,6 +87,12 @@ def test_the_end_of_a_fit_has_a_row_of_its_own(tmp_path: Path) -> None:
     assert row["step"] == 7 and row["spent_tokens"] == ROWS + 16
 
 
+def test_a_new_run_in_an_old_folder_leaves_its_own_rows_alone(tmp_path: Path) -> None:
+    fit(tmp_path, Watch())
+    fit(tmp_path, Watch(), max_epochs=1)
+    assert [row["step"] for row in read_curve(tmp_path / "curve.csv")] == [5]
+
+
 @pytest.mark.parametrize("boom", [1, 5, 6, 7, 10, 13])
 def test_a_resumed_run_has_the_rows_of_one_that_was_not_killed(tmp_path: Path, boom: int) -> None:
     """Validations within epochs too, so that a kill can fall between one and the next checkpoint."""

@@ -21,7 +21,7 @@ MLP: dict[str, Any] = {"_target_": "research.models.classifiers.Mlp", "hidden": 
 @pytest.fixture
 def method() -> SoftTarget:
     """After a run of 100 seconds: 5 in the teacher, 30 in rollouts (8 of them over prompts), 15 in validations."""
-    teacher = FrozenTeacher(LoadedNetwork(build_network(MLP, **FACTS), (64,), 10, "network", 700.0))
+    teacher = FrozenTeacher(LoadedNetwork(build_network(MLP, **FACTS), (64,), 10, "network", 700.0, 70.0))
     training = Training(build_network(MLP, **FACTS), partial(torch.optim.SGD, lr=0.1), None, {})
     made = SoftTarget(training, teacher, temperature=2.0)
     made.rows_seen, made.tokens_seen, made.update_flops = 4, 40, 1000.0
@@ -38,7 +38,7 @@ def test_every_part_in_flops_tokens_and_seconds(method: SoftTarget) -> None:
         "prompt_prefill": {"flops": 40.0, "tokens": 12.0, "seconds": 8.0},
         "rollout": {"flops": 50.0, "tokens": 20.0, "seconds": 22.0},
         "teacher_scoring": {"flops": 300.0, "tokens": 33.0, "seconds": 5.0},
-        "teacher_training": {"flops": 700.0, "tokens": None, "seconds": None},
+        "teacher_training": {"flops": 700.0, "tokens": 70.0, "seconds": None},
     }
     assert set(ledger) == set(LEDGER_PARTS)
     assert ledger_of(method, 100.0, is_text=False)["teacher_scoring"]["tokens"] == 3.0
@@ -65,6 +65,6 @@ def test_a_sum_knows_what_all_its_terms_know(method: SoftTarget) -> None:
     without = {part: line for part, line in one.items() if part != "prompt_prefill"}
     both = summed([one, one])
     assert both["student_update"] == {"flops": 2000.0, "tokens": 80.0, "seconds": 100.0}
-    assert both["teacher_training"] == {"flops": 1400.0, "tokens": None, "seconds": None}
+    assert both["teacher_training"] == {"flops": 1400.0, "tokens": 140.0, "seconds": None}
     assert summed([one, without])["prompt_prefill"] == dict.fromkeys(nothing())
     assert summed([]) == {part: nothing() for part in LEDGER_PARTS}

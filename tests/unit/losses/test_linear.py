@@ -485,3 +485,28 @@ def test_bad_arguments_are_refused():
         linear_cross_entropy(student, torch.zeros(6).long(), weight_N=torch.ones(6).long())
     with pytest.raises(ValueError, match=r"labels have shape \(5,\)"):
         linear_cross_entropy(student, torch.zeros(5).long())
+
+
+def test_soft_target_takes_hidden_states_on_either_side():
+    """As student they go to the chunks, with every option; as teacher of written-out logits they are projected."""
+    student, target, mask = leaves(6, 7), teacher(6, 7), mask_of(6, 7)
+    projection = HiddenProjection(*student)
+    options = {"divergence": "jsd", "temperature": 3.0, "teacher_mixture_weight": 0.3, "loss_mask_N": mask}
+    for squared in (True, False):
+        options |= {"scale_by_temperature_squared": squared}
+        oracle = soft_target(project(projection), DenseLogits(project(target)), **options)
+        for ours in (
+            soft_target(projection, target, **options),
+            soft_target(project(projection), target, **options),
+            soft_target(projection, DenseLogits(project(target)), **options),
+        ):
+            assert_same(ours, oracle, student)
+        sparse = cut(project(target), 4)
+        assert_same(
+            soft_target(projection, sparse, **options), soft_target(project(projection), sparse, **options), student
+        )
+    with pytest.raises(ValueError, match=r"\(6, 7\).*\(6, 6\)|\(6, 6\)"):
+        soft_target(project(projection), teacher(6, 6), loss_mask_N=mask)
+    bad = HiddenProjection(torch.where(mask[..., None], target.hidden_ND, math.nan), target.weight_VD)
+    total = soft_target(project(projection), bad, loss_mask_N=mask).total
+    assert bool(torch.autograd.grad(total, student[0])[0].isfinite().all())

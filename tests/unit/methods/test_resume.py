@@ -218,6 +218,7 @@ def test_steps_are_logged_under_their_own_numbers_after_a_resume(kit: SimpleName
             trainer.fit(make(kit), datamodule=make_data(), ckpt_path=ckpt_path, weights_only=True)
         except Boom:
             assert name == "cut"
+    assert steps["whole"].seen == [(step, step - 1) for step in range(1, 1 + EPOCHS * STEPS_PER_EPOCH)]
     assert steps["resumed"].seen == steps["whole"].seen[2:]
 
 

@@ -133,7 +133,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
         assert value is None or isinstance(value, bool | int | float | str), value
 
 
-# Micro-batches: in the first step, in a block's first and second step, at the end of an epoch, at the start of the next.
+# Micro-batches: in the first step, in a block's first and second step, at the end of an epoch, at the start of one.
 CALLS = (2, 3, 8, 12, 13, 22)
 
 

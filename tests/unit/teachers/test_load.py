@@ -61,6 +61,18 @@ def test_a_record_that_says_nothing_costs_nothing_but_the_number(run: Path, reco
     assert load_network(run, **FACTS).training_flops is None
 
 
+def test_p122_training_costs_what_was_sampled_and_scored_for_it_too(run: Path, network: nn.Module) -> None:
+    update, rollout = {"flops": 100.0, "tokens": 10.0, "seconds": 4.0}, {"flops": 20.0, "tokens": 3.0, "seconds": None}
+    training = {"flops": 9e9, "tokens": None, "seconds": None}  # of its own teacher: charged where that one teaches
+    ledger = {"student_update": update, "rollout": rollout, "teacher_training": training}
+    (run / "run.json").write_text(json.dumps({"ledger": ledger}))
+    teacher = FrozenTeacher(load_network(run, **FACTS))
+    identity = teacher.identity
+    assert (identity.training_flops, identity.training_tokens, identity.training_seconds) == (120.0, 13.0, None)
+    both = ensemble([str(run)] * 2, **FACTS).identity
+    assert (both.training_flops, both.training_tokens, both.training_seconds) == (240.0, 26.0, None)
+
+
 def test_what_is_not_there_is_named(tmp_path: Path, run: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no file or folder .*nowhere"):
         load_network(tmp_path / "nowhere", **FACTS)

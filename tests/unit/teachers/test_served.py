@@ -590,19 +590,26 @@ def vllm(wide: nn.Module, tmp_path: Path) -> Iterator[str]:
             wait_for(running, f"http://127.0.0.1:{port}/health")
             yield f"http://127.0.0.1:{port}/v1"
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(running.pid, signal.SIGTERM)
-            running.wait()
+            stop(running)
             sys.stdout.write((tmp_path / "log").read_text()[-3000:])
 
 
 def wait_for(running: "subprocess.Popen[bytes]", url: str) -> None:
-    for _ in range(400):
+    for _ in range(900):
         assert running.poll() is None, "the server ended"
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
             return
         time.sleep(1)
     pytest.fail("the server did not come up")
+
+
+def stop(running: "subprocess.Popen[bytes]") -> None:
+    """The server and every process of its own, at last by force."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.wait(timeout=20)
 
 
 @pytest.mark.slow

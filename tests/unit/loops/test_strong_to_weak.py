@@ -1,0 +1,55 @@
+"""Phases: which overrides hold for which, and what their ledgers add up to."""
+
+from typing import Any
+
+import pytest
+
+from research.errors import CheckpointError
+from research.loops.strong_to_weak import StrongToWeakPlan, check_finished, ledger_of_phases, overrides_of
+from research.results.record import LEDGER_PARTS, RunRecord
+
+RUN = ["experiment=sum8_trace", "method=sft_trace", "+data.modes=two", "loop=strong_to_weak", "loop.phases=[..]",
+       "seed=5", "init_from=BASE", "ckpt_path=last"]  # fmt: skip
+PLAN = StrongToWeakPlan(
+    [{"name": "traces"}, {"name": "words", "overrides": ["method=on_policy", "data.modes=null", "seed=6"]}]
+)
+
+
+def record(overrides: list[str], **changes: Any) -> RunRecord:
+    plain: dict[str, Any] = {"command": "distill train", "experiment": "e", "status": "completed", "seed": 0}
+    return RunRecord(config={}, metrics={}, started_at="", wall_s=1.0, overrides=overrides, **{**plain, **changes})
+
+
+def test_a_phase_replaces_what_the_run_says() -> None:
+    traces, words = PLAN.declared()
+    assert overrides_of(traces, RUN, None, None) == [
+        "experiment=sum8_trace", "method=sft_trace", "+data.modes=two", "seed=5", "init_from=BASE", "loop=none",
+    ]  # fmt: skip
+    assert overrides_of(words, RUN, "'phases/1_traces'", "last") == [
+        "experiment=sum8_trace", "method=on_policy", "data.modes=null", "seed=6", "loop=none",
+        "init_from='phases/1_traces'", "ckpt_path=last",
+    ]  # fmt: skip
+
+
+def test_a_finished_phase_may_lie_elsewhere_and_be_nothing_else(tmp_path: Any) -> None:
+    _, words = PLAN.declared()
+    check_finished(
+        record(overrides_of(words, RUN, "elsewhere", "last")), overrides_of(words, RUN, "here", None), tmp_path
+    )
+    with pytest.raises(CheckpointError, match=r"seed=6 then, seed=7 now"):
+        changed = [text.replace("seed=6", "seed=7") for text in overrides_of(words, RUN, "here", None)]
+        check_finished(record(overrides_of(words, RUN, "here", None)), changed, tmp_path)
+
+
+def test_p122_a_teacher_of_two_phases_was_trained_once() -> None:
+    def ledger(training: float) -> dict[str, Any]:
+        lines = {part: {"flops": 10.0, "tokens": 1.0, "seconds": 0.5} for part in LEDGER_PARTS}
+        return lines | {"teacher_training": {"flops": training, "tokens": training, "seconds": None}}
+
+    first = record([], ledger=ledger(700.0), teacher={"sha256": "a"})
+    again = record([], ledger=ledger(700.0), teacher={"sha256": "a"})
+    other = record([], ledger=ledger(30.0), teacher={"sha256": "b"})
+    none = record([], ledger=ledger(0.0), teacher=None)
+    total = ledger_of_phases([none, first, again, other])
+    assert total["teacher_training"] == {"flops": 730.0, "tokens": 730.0, "seconds": None}
+    assert total["rollout"] == {"flops": 40.0, "tokens": 4.0, "seconds": 2.0}
