@@ -252,6 +252,11 @@ class Completion:
     logprob: float | None = None
     logprobs: tuple[float, ...] = ()
 
+    @classmethod
+    def from_plain(cls, saved: Mapping[str, Any]) -> "Completion":
+        """The completion that ``dataclasses.asdict`` made these plain values of; tuples may be lists by now."""
+        return cls(**{**saved, "ids": tuple(saved["ids"]), "logprobs": tuple(saved.get("logprobs", ()))})
+
 
 @dataclass(frozen=True)
 class DenseLogits:

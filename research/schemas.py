@@ -44,8 +44,8 @@ class EvaluationConfig:
     val_problems, val_samples     validation problems that are answered at every validation, greedily and, with
                                   val_samples > 0, so often again by sampling: val/accuracy, val/errors,
                                   val/sampled_accuracy
-    exposure                      how far student and live teacher (or reference) are apart on either one's prefixes, and
-                                  the step of the student's first error: test/kl_on_student_prefixes, ...
+    exposure                      how far student and live teacher (or reference) are apart on either one's prefixes,
+                                  and the step of the student's first error: test/kl_on_student_prefixes, ...
     """
 
     splits: list[str] = field(default_factory=lambda: ["test"])

@@ -246,9 +246,9 @@ class ReportProgress(Callback):
 def _total_steps(trainer: L.Trainer, method: L.LightningModule) -> int:
     """Of the whole fit; where a budget ends it, as many as it would pay for at the price so far."""
     steps = float(trainer.estimated_stepping_batches)
-    fraction = method.budget_fraction() if isinstance(method, AbstractMethod) else 0.0
-    if fraction > 0:
-        steps = min(steps, trainer.global_step / min(1.0, fraction))
+    if isinstance(method, AbstractMethod) and method.budget is not None:
+        fraction = method.budget.fraction(method.spent())  # of this rank: the others are not here to be asked
+        steps = min(steps, trainer.global_step / min(1.0, fraction)) if fraction > 0 else steps
     return round(steps) if math.isfinite(steps) else 0
 
 

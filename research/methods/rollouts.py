@@ -108,7 +108,7 @@ class RolloutBuffer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with a saved block."""
         self._block = state["block"]
-        self._drawn = {int(index): tuple(map(_completion, saved)) for index, saved in state["drawn"].items()}
+        self._drawn = {int(index): tuple(map(Completion.from_plain, saved)) for index, saved in state["drawn"].items()}
 
 
 def as_batch(rollouts: Sequence[Rollout], counts: StepCounts, *, pad_id: int, for_teacher: bool = False) -> TokenBatch:
@@ -177,7 +177,3 @@ def _collated(documents: Sequence[Document], counts: StepCounts, pad_id: int) ->
         step_completion_tokens=counts.tokens,
         step_rows=counts.rows,
     )
-
-
-def _completion(saved: dict[str, Any]) -> Completion:
-    return Completion(**{**saved, "ids": tuple(saved["ids"]), "logprobs": tuple(saved["logprobs"])})

@@ -83,7 +83,7 @@ def _metrics(parts: Parts, manifest: StoreManifest) -> dict[str, float]:
     ):
         numbers |= {f"{prefix}_{name}": number for name, number in counts.items()}
     checked = tally.kept - sum(tally.kept_outcomes.get(name, 0) for name in UNCHECKED)
-    if tally.kept_outcomes and checked:  # what slipped through: kept, and not a right answer at the end of a valid chain
+    if tally.kept_outcomes and checked:  # kept, and no right answer at the end of a valid chain
         numbers["false_positives"] = 1 - tally.kept_outcomes.get("valid_right", 0) / checked
     return {f"traces/{name}": float(value) for name, value in numbers.items()}
 

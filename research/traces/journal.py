@@ -49,7 +49,7 @@ class Journal:
         found, cost = {}, Cost()
         if lines and lines[0] == head:
             for line in lines[1:]:
-                completions = tuple(Completion(**{**each, "ids": tuple(each["ids"])}) for each in line["completions"])
+                completions = tuple(Completion.from_plain(each) for each in line["completions"])
                 found[line["index"]] = Written(line["index"], completions)
                 cost += Cost(**line["cost"])
         self.close()

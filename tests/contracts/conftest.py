@@ -21,9 +21,15 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # a word of the hub id -> arch
     "gpt2": ("gpt2", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 1024}),
     "Llama": ("llama", {**WIDTH, "num_key_value_heads": 1, "max_position_embeddings": 131072}),
     "Qwen2.5-Math": ("qwen2", {**WIDTH, "num_key_value_heads": 1, "max_position_embeddings": 4096}),
+    "Qwen3": ("qwen3", {**WIDTH, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 40960}),
     "Qwen2.5": ("qwen2", {**WIDTH, "num_key_value_heads": 1, "max_position_embeddings": 131072}),
 }
-PADDING = {"gpt2": 0, "llama": 0, "qwen2": 271}  # rows of the head beyond the tokenizer's ids, as published
+PADDING = {
+    "gpt2": 0,
+    "llama": 0,
+    "qwen2": 271,
+    "qwen3": 267,
+}  # rows of the head beyond the tokenizer's ids, as published
 PUPILS = ["Ann", "Bob", "Cleo", "Dan"]
 
 

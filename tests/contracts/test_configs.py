@@ -49,6 +49,7 @@ TEXT = {
     "data": "traces", "task": "sum5", "template": "plain", "model@student": "llama", "method": "sft_trace",
     "data.num_train": "8", "data.num_val": "2", "data.num_test": "2", "data.max_tokens": "2000", "monitor": "val/nll",
 }  # fmt: skip
+SERVED = ["teacher.base_url='http://127.0.0.1:8000/v1'", "teacher.model=tiny"]
 OPEN_TEXT = {
     "template": "alpaca",
     "data.tokenizer": "bpe",
@@ -151,7 +152,9 @@ def needs(
             case "teacher/frozen":
                 return [f"teacher.path='{digits_teacher}'"]
             case "teacher/served":
-                return [*text(group), "teacher.base_url='http://127.0.0.1:8000/v1'", "teacher.model=tiny"]
+                return [*text(group), *SERVED]
+            case "method/on_policy":
+                return [*text(group, data="prompts"), "teacher=served", *SERVED]
             case "teacher/cached":
                 return [f"teacher.path='{cache()}'"]
             case "teacher/ensemble":
@@ -160,7 +163,7 @@ def needs(
                 return [override for override in soft if not override.startswith(f"{choice.partition('/')[0]}=")]
             case "method/soft_target":
                 return soft[1:]
-            case "data/traces" | "method/sft_trace" | "loop/self_taught" | "loop/strong_to_weak":
+            case "data/traces" | "data/prompts" | "method/sft_trace" | "loop/self_taught" | "loop/strong_to_weak":
                 return text(group)
             case "model/pretrained_lm":
                 return [*text(group, **pretrained), f"student.path='{stand_in('Qwen/Qwen2.5')}'"]

@@ -34,6 +34,12 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
     "openai-community/gpt2": ("gpt2", {}, 124_439_808),
     "Qwen/Qwen2.5-0.5B": (
         "qwen2", QWEN | sizes(896, 4864, 24, 14, 2, 32768, tie_word_embeddings=True), 494_032_768),
+    "Qwen/Qwen2.5-1.5B": (
+        "qwen2", QWEN | sizes(1536, 8960, 28, 12, 2, 131072, tie_word_embeddings=True), 1_543_714_304),
+    "Qwen/Qwen2.5-7B-Instruct": (
+        "qwen2", QWEN | sizes(3584, 18944, 28, 28, 4, 32768, vocab_size=152064), 7_615_616_512),
+    "Qwen/Qwen3-8B-Base": ("qwen3", QWEN | sizes(4096, 12288, 36, 32, 8, 32768, head_dim=128), 8_190_735_360),
+    "Qwen/Qwen3-32B": ("qwen3", QWEN | sizes(5120, 25600, 64, 64, 8, 40960, head_dim=128), 32_762_123_264),
     "Qwen/Qwen2.5-Math-1.5B": (
         "qwen2", QWEN | sizes(1536, 8960, 28, 12, 2, 4096, tie_word_embeddings=True), 1_543_714_304),
     "Qwen/Qwen2.5-Math-7B": (
@@ -54,7 +60,13 @@ SIX = {
     "r1_distill_qwen_32b": ("Qwen/Qwen2.5-32B", 6e-5),
     "r1_distill_llama_70b": ("meta-llama/Llama-3.3-70B-Instruct", 2e-5),
 }
-FULL_SCALE = ("gpt2_gsm8k_chain", "qwen2.5_0.5b_gsm8k_sft", *SIX)
+# student -> teacher, whose ids are the same
+TAUGHT = {
+    "qwen2.5_0.5b_gsm8k_on_policy": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen2.5_1.5b_gsm8k_on_policy": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3_8b_on_policy": "Qwen/Qwen3-32B",
+}
+FULL_SCALE = ("gpt2_gsm8k_chain", "qwen2.5_0.5b_gsm8k_sft", "qwen2.5_0.5b_gsm8k_grpo", *TAUGHT, *SIX)
 
 
 @lru_cache
@@ -72,16 +84,31 @@ def test_every_experiment_of_a_pretrained_network_is_checked_here() -> None:
 @pytest.mark.parametrize("name", FULL_SCALE)
 def test_the_published_network_has_room_for_the_documents(name: str) -> None:
     cfg = composed(name)
-    architecture, published, parameters = PUBLISHED[cfg.student.path]
+    config = published_config(cfg.student.path)
+    positions = cfg.student.max_positions or config.max_position_embeddings
+    assert cfg.data.max_tokens <= positions
+    assert cfg.data.num_prompts or cfg.data.packed_to >= cfg.data.max_tokens
+    assert cfg.data.tokenizer == cfg.student.path
+
+
+def published_config(hub_id: str) -> Any:
+    """The config of a published network, whose model on the meta device has the published parameters and runs."""
+    architecture, published, parameters = PUBLISHED[hub_id]
     config = transformers.AutoConfig.for_model(architecture, **published)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    positions = cfg.student.max_positions or config.max_position_embeddings
-    assert cfg.data.max_tokens <= positions and cfg.data.packed_to >= cfg.data.max_tokens
-    assert cfg.data.tokenizer == cfg.student.path
     ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
     assert model(input_ids=ids).logits.shape == (1, 8, config.vocab_size)
+    return config
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_the_teacher_has_room_for_what_its_student_writes(name: str) -> None:
+    cfg = composed(name)
+    assert cfg.teacher.path == TAUGHT[name] and cfg.teacher.signal == "hidden" and cfg.teacher.dtype == "bfloat16"
+    assert cfg.data.max_tokens <= published_config(cfg.teacher.path).max_position_embeddings
+    assert cfg.method.max_new_tokens < cfg.data.max_tokens
 
 
 @pytest.mark.parametrize("name", SIX)

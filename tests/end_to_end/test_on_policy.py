@@ -23,7 +23,7 @@ TEXT = (
     "task=sum8", "task.num_terms=3", "template=plain", "model@student=llama", "student.hidden_size=32",
     "student.num_layers=1", "student.max_positions=64", "data.max_tokens=32", "data.num_train=60", "data.num_val=8",
     "data.num_test=4", "evaluation.max_new_tokens=8", "monitor=val/nll", "logger=none", "threads=1",
-    "trainer.enable_progress_bar=false",
+    "trainer.enable_progress_bar=false", "preflight=skip",
 )  # fmt: skip
 OWN = (
     *TEXT, "data=prompts", "data.num_prompts=8", "data.steps_per_rollout=2", "student.dropout=0.2",
@@ -46,7 +46,7 @@ def teacher(distill: Distill, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flags_of(name: str, teacher: Path) -> tuple[str, ...]:
     if name == "policy_gradient":
         return ("method=policy_gradient", "method.kl_weight=0.1", f"init_from='{teacher}'")
-    mixed = ("method.on_policy_fraction=0.5", "method.hard_weight=0.5", "data.num_stored=4", "preflight=false")
+    mixed = ("method.on_policy_fraction=0.5", "method.hard_weight=0.5", "data.num_stored=4")
     return ("method=on_policy", "teacher=frozen", f"teacher.path='{teacher}'", *mixed)
 
 
@@ -94,8 +94,8 @@ def test_p81_p83_a_killed_run_goes_on_to_the_same_end(
 
 
 REFUSED = [
-    (("data=traces",), "OnPolicy trains on what the student answers; these data hold no prompts, give data=prompts"),
-    (("data.max_tokens=9",), "no train problem of sum8_3_terms can be posed"),
+    (("data.num_prompts=0",), "OnPolicy trains on what the student answers; these data hold no prompts, give data=prompts"),
+    (("data.max_tokens=5",), "no train problem of sum3_to_9 can be posed (60 too_long)"),
     (("method.num_samples=2", "method.reward_weight=1", "method.top_p=0.5"), "a policy gradient needs samples"),
     (("monitor=val/errors",), "monitor is 'val/errors'; on the validation split this method measures val/nll"),
     (("method=policy_gradient", "teacher=none", "method.num_samples=1"), "method.num_samples is 1"),

@@ -12,12 +12,14 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
 import research.config as config
+from research.data.traces import TraceData
 from research.errors import CheckpointError, ConfigError
 from research.models.build import rebuild
 from research.models.weights import weights_sha256
 from research.schemas import register_schemas
 from research.teachers.load import load_network
 from research.teachers.transforms import VirtualTeacher
+from research.text.templates import Alpaca, Plain
 
 
 @pytest.fixture
@@ -162,3 +164,25 @@ def test_plain_gives_plain_containers() -> None:
     node: Any = OmegaConf.create({"a": [1, {"b": "${a[0]}"}]})
     assert config.plain(node) == {"a": [1, {"b": 1}]}
     assert config.plain(None) == {}
+
+
+def test_a_student_begins_with_the_weights_of_a_trained_one(
+    train_config: Callable[..., DictConfig], digits_teacher: Path, tmp_path: Path
+) -> None:
+    """init_from: every weight is that of the run, whatever the seed; another architecture or an empty folder is not."""
+    begun = config.build(train_config(f"init_from='{digits_teacher}'", "student.hidden=[32]", "seed=9")).method.student
+    trained = load_network(digits_teacher, input_shape=(64,), num_classes=10).network
+    assert weights_sha256(begun) == weights_sha256(trained)
+    with pytest.raises(CheckpointError, match=r"init_from=.* is of another architecture than the configured network"):
+        config.build(train_config(f"init_from='{digits_teacher}'", "student.hidden=[16]"))
+    with pytest.raises(CheckpointError):
+        config.build(train_config(f"init_from='{tmp_path}'"))
+
+
+def test_a_teacher_has_a_template_of_its_own_where_one_is_given(train_config: Callable[..., DictConfig]) -> None:
+    text = ("data=prompts", "task=sum5", "template=plain", "data.num_train=4", "data.num_val=0", "data.num_test=0")
+    own = config.build_data(train_config(*text, "template@teacher_template=alpaca", "data.max_tokens=256"))
+    assert isinstance(own, TraceData) and own.num_prompts == 64
+    assert isinstance(own.codec.template, Plain) and isinstance(own.teacher_codec.template, Alpaca)
+    shared = config.build_data(train_config(*text))
+    assert isinstance(shared, TraceData) and shared.teacher_codec is shared.codec

@@ -8,7 +8,7 @@ from research.errors import ConfigError
 from research.records import Trace
 from research.text.codec import Codec
 from research.text.document import collate
-from research.text.formats import TRACE_FORMATS
+from research.text.formats import MODES, TRACE_FORMATS
 from research.text.refusals import (
     ControlToken,
     EmptyChain,
@@ -335,3 +335,17 @@ def test_p30_ids_lie_below_the_vocabulary_size(gpt2_like: PreTrainedTokenizerFas
     codec = Codec(gpt2_like, Alpaca())
     assert codec.vocab_size == len(gpt2_like) > gpt2_like.vocab_size - 1
     assert max(codec.encode(Trace("p", "apples", "9", 0)).ids) == codec.vocab_size - 1
+
+
+@pytest.mark.parametrize("template", [Plain(), Alpaca(), Think()], ids=lambda template: type(template).__name__)
+def test_a_marked_codec_asks_for_a_mode(template: AbstractTemplate, gpt2_like: PreTrainedTokenizerFast) -> None:
+    """The mark stands behind the problem and nowhere else; the codec that it was made from asks for nothing."""
+    plain = Codec(gpt2_like, template)
+    marks = {mode: template.mode_marks[mode] for mode in MODES}
+    for mark in marks.values():
+        asking = plain.marked(mark)
+        assert asking.prompt_ids("1+2") == plain.prompt_ids(f"1+2{mark}") != plain.prompt_ids("1+2")
+        trace = Trace("1+2", "3", "3", 0)
+        assert asking.encode(trace).completion_ids == plain.encode(trace).completion_ids
+        assert asking.fingerprint() != plain.fingerprint() == asking.marked("").fingerprint()
+    assert len(set(marks.values())) == 2 and plain.mark == ""
