@@ -13,10 +13,6 @@
 The scores are printed and written beside the record, into `evaluation_<split>.json`; a preflight into `preflight.json`.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 from omegaconf import DictConfig
 
 GROUPS = ("teacher",)
@@ -26,6 +22,7 @@ def task(cfg: DictConfig) -> float:
     """Evaluate one run folder; writes `evaluation_<split>[_<key>=<value>].json` there and returns the errors."""
     import json
     import re
+    from pathlib import Path
 
     from omegaconf import OmegaConf
 
@@ -34,6 +31,7 @@ def task(cfg: DictConfig) -> float:
     from research.errors import ConfigError
     from research.loops.scoring import Scores, class_scores, score_text
     from research.results.record import read_record
+    from research.sweeps.preflight_job import preflight_of_run
     from research.teachers.load import NETWORK_FOLDER, frozen, load_network
 
     if not cfg.run:
@@ -51,7 +49,7 @@ def task(cfg: DictConfig) -> float:
     data = build_data(OmegaConf.create(record.config), {**own, **moved})
     student = load_network(folder, **data.facts()).network
     if cfg.preflight:
-        return _preflight(cfg, record.config, student, data, folder)
+        return preflight_of_run(cfg, record.config, student, data, folder)
     if plain(cfg.teacher).get("_target_"):
         raise ConfigError("teacher belongs to preflight=true; to compare with another network give reference=FOLDER")
     changes = "".join(f"_{key}={value}" for key, value in sorted(moved.items()) if key != "data_dir")
@@ -77,18 +75,3 @@ def task(cfg: DictConfig) -> float:
         print(f"{name:40s} omitted: {reason}")
     print(f"written: {path}")
     return scores.metrics[f"{cfg.split}/errors"]
-
-
-def _preflight(cfg: DictConfig, config: Mapping[str, Any], student: Any, data: Any, folder: Path) -> float:
-    """Print what the preflight finds, write it into the run's folder, and return the number of warnings."""
-    from research.data.traces import TraceData
-    from research.errors import ConfigError
-    from research.sweeps.preflight_job import PREFLIGHT_FILE, preflight_of_run, refuse, write_report
-
-    if not isinstance(data, TraceData):
-        raise ConfigError("preflight=true looks at language models, and this run's data are classes; leave it out")
-    report = preflight_of_run(cfg, config, student, data)
-    write_report(folder / PREFLIGHT_FILE, report)
-    print("\n".join([*report.lines(), f"written: {folder / PREFLIGHT_FILE}"]))
-    refuse(report)
-    return float(len(report.of_level("warning")))

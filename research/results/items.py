@@ -1,7 +1,7 @@
 """Per-item files: one per run (every column), and one per study (predictions only, small enough to commit)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from research.results.record import write_atomic
 
 REQUIRED_COLUMNS = ("index", "label", "prediction")
 _KEPT = ("index", "label")
+SAMPLED = ("num_samples", "num_right")  # beside a greedy answer: samples of the item, and how many of them are right
 
 
 def write_items(path: str | Path, columns: Mapping[str, np.ndarray]) -> Path:
@@ -43,12 +44,14 @@ class StudyItems:
 
     index_I, label_I   stable ids in rising order, and their true classes
     predictions        cell or requirement key -> predicted classes, one per item of ``index_I``
+    sampled            key -> SAMPLED counts of runs that were sampled too: pass@k follows from them
     """
 
     split: str
     index_I: np.ndarray
     label_I: np.ndarray
     predictions: Mapping[str, np.ndarray]
+    sampled: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
 
     def wrong(self, key: str) -> np.ndarray:
         """Boolean, one per item: the prediction differs from the label."""
@@ -61,6 +64,7 @@ def pack_items(split: str, runs: Mapping[str, Mapping[str, np.ndarray]]) -> Stud
         raise ValueError("no run has items; nothing to pack")
     index, labels = np.zeros(0, np.int64), np.zeros(0, np.int64)
     predictions: dict[str, np.ndarray] = {}
+    sampled: dict[str, dict[str, np.ndarray]] = {}
     for key in sorted(runs):
         order = np.argsort(runs[key]["index"], kind="stable")
         own_index, own_labels = runs[key]["index"][order], runs[key]["label"][order]
@@ -74,14 +78,20 @@ def pack_items(split: str, runs: Mapping[str, Mapping[str, np.ndarray]]) -> Stud
         elif not np.array_equal(own_labels, labels):
             raise ValueError(f"{key}: its labels of split {split!r} differ from those of {next(iter(predictions))}")
         predictions[key] = runs[key]["prediction"][order]
-    return StudyItems(split, index, labels, predictions)
+        if all(name in runs[key] for name in SAMPLED):
+            sampled[key] = {name: runs[key][name][order] for name in SAMPLED}
+    return StudyItems(split, index, labels, predictions, sampled)
 
 
 def write_study_items(path: str | Path, items: StudyItems) -> Path:
-    """Writes ``items.parquet``: index, label and one prediction column per key, in the narrowest unsigned type."""
+    """Writes ``items.parquet``: index, label and one prediction column per key, in the narrowest unsigned type.
+
+    A run that was sampled has two more, ``<key>:num_samples`` and ``<key>:num_right``.
+    """
     path = Path(path)
     columns = {"index": _narrow(items.index_I), "label": _narrow(items.label_I)}
     columns |= {key: _narrow(items.predictions[key]) for key in sorted(items.predictions)}
+    columns |= {f"{key}:{name}": _narrow(items.sampled[key][name]) for key in sorted(items.sampled) for name in SAMPLED}
     _write(path, columns, {"split": items.split})
     return path
 
@@ -94,8 +104,13 @@ def read_study_items(path: str | Path) -> StudyItems:
         raise ValueError(
             f"{path}: not a packed study file; expected the columns index, label and a split in its metadata"
         )
-    predictions = {name: column for name, column in columns.items() if name not in _KEPT}
-    return StudyItems(metadata["split"], columns["index"], columns["label"], predictions)
+    predictions = {name: column for name, column in columns.items() if name not in _KEPT and ":" not in name}
+    sampled = {
+        key: {name: columns[f"{key}:{name}"] for name in SAMPLED}
+        for key in predictions
+        if f"{key}:{SAMPLED[0]}" in columns
+    }
+    return StudyItems(metadata["split"], columns["index"], columns["label"], predictions, sampled)
 
 
 def _narrow(column: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from research.config import Parts, build_teacher, plain
+from research.config import DataModule, Parts, build_teacher, plain
 from research.data.traces import TraceData
 from research.errors import ConfigError
 from research.evaluation.preflight import Preflight, preflight
@@ -51,16 +51,28 @@ def preflight_before(cfg: DictConfig, parts: Parts, run_dir: Path) -> None:
     refuse(report, ("refusal", "warning") if cfg.preflight == "refuse" else ("refusal",))
 
 
-def preflight_of_run(cfg: DictConfig, config: Mapping[str, Any], student: nn.Module, data: TraceData) -> Preflight:
-    """The preflight of a finished run's student, with the teacher that an evaluate config names.
+def preflight_of_run(
+    cfg: DictConfig, config: Mapping[str, Any], student: nn.Module, data: DataModule, folder: Path
+) -> float:
+    """The preflight of a finished run's student beside a teacher, printed and written; the number of its warnings.
 
-    `teacher` of that config, else `reference`, else the teacher of the run itself. Raises ConfigError where there is
-    none of them.
+    The teacher is `teacher` of the evaluate config, else `reference`, else the run's own. Raises ConfigError where
+    there is none of them, where the data are classes, and with the reasons of a refusal.
     """
+    if not isinstance(data, TraceData):
+        raise ConfigError("preflight=true looks at language models, and this run's data are classes; leave it out")
+    report = preflight(student, _named_teacher(cfg, config, data), data, num_problems=cfg.preflight_problems)
+    write_report(folder / PREFLIGHT_FILE, report)
+    print("\n".join([*report.lines(), f"written: {folder / PREFLIGHT_FILE}"]))
+    refuse(report)
+    return float(len(report.of_level("warning")))
+
+
+def _named_teacher(cfg: DictConfig, config: Mapping[str, Any], data: TraceData) -> AbstractTeacher:
     facts = data.facts()
-    teacher: AbstractTeacher | None = build_teacher(cfg, "teacher", facts)
+    teacher = build_teacher(cfg, "teacher", facts)
     if teacher is None and cfg.reference:
-        teacher = frozen(cfg.reference, **facts)
+        return frozen(cfg.reference, **facts)
     if teacher is None:
         own = OmegaConf.create({"teacher": plain(config.get("teacher"))})
         teacher = build_teacher(own, "teacher", facts)
@@ -68,7 +80,7 @@ def preflight_of_run(cfg: DictConfig, config: Mapping[str, Any], student: nn.Mod
         raise ConfigError(
             "preflight=true needs a teacher, and the run had none; give reference=FOLDER or teacher=frozen"
         )
-    return preflight(student, teacher, data, num_problems=cfg.preflight_problems)
+    return teacher
 
 
 def write_report(path: Path, report: Preflight) -> None:

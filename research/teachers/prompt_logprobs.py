@@ -73,9 +73,9 @@ class AbstractProtocol(ABC):
     def read(self, answer: Any, documents: Sequence[Asked], num_asked: int, top_k: int, width: int) -> list[Told]:
         """What the answer to ``body(documents, .., num_asked)`` says; ``width`` is the number of tokens.
 
-        A row holds ``num_asked`` pairs, or one more, the token that follows; its largest ``top_k`` are kept. Ids
-        from ``width`` on are rows of a head that is padded beyond the tokenizer: they are left out, and the others share
-        the probability that is left.
+        A row holds ``num_asked`` pairs, or one more, the token that follows; its largest ``top_k`` are kept. Ids from
+        ``width`` on are rows of a head that is padded beyond the tokenizer: they are left out, and the others share the
+        probability that is left.
 
         Raises Malformed for an answer of another length, a row of fewer pairs, an id twice, or values that are no
         logprobs; ServerRefusal where a padded head leaves too few.

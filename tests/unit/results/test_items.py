@@ -95,3 +95,16 @@ def test_files_that_are_no_items_are_named(tmp_path: Path) -> None:
         read_study_items(write_items(path, _columns()))
     with pytest.raises(ValueError, match="whole numbers"):
         write_study_items(path, StudyItems("test", np.arange(2), np.zeros(2, int), {"a": np.array([0.5, 1.0])}))
+
+
+def test_counts_of_samples_are_kept_beside_the_predictions(tmp_path) -> None:
+    """pass@k of a run from the committed file alone; a run that was not sampled has no counts."""
+    index = np.array([2, 0, 1])
+    plain = {"index": index, "label": np.ones(3, int), "prediction": np.array([1, 0, 1])}
+    sampled = {**plain, "num_samples": np.array([4, 4, 4]), "num_right": np.array([4, 0, 2])}
+    items = pack_items("test", {"b/seed=0": sampled, "a/seed=0": plain})
+    read = read_study_items(write_study_items(tmp_path / "items.parquet", items))
+    assert set(read.predictions) == {"a/seed=0", "b/seed=0"} and set(read.sampled) == {"b/seed=0"}
+    assert read.sampled["b/seed=0"]["num_right"].tolist() == [0, 2, 4], "by rising index"
+    wrong = 4 - read.sampled["b/seed=0"]["num_right"].astype(int)
+    assert np.mean(1 - wrong * (wrong - 1) / (4 * 3)) == pytest.approx((0 + (1 - 2 / 12) + 1) / 3), "pass@2"
