@@ -94,7 +94,10 @@ def test_p81_p83_a_killed_run_goes_on_to_the_same_end(
 
 
 REFUSED = [
-    (("data.num_prompts=0",), "OnPolicy trains on what the student answers; these data hold no prompts, give data=prompts"),
+    (
+        ("data.num_prompts=0",),
+        "OnPolicy trains on what the student answers; these data hold no prompts, give data=prompts",
+    ),
     (("data.max_tokens=5",), "no train problem of sum3_to_9 can be posed (60 too_long)"),
     (("method.num_samples=2", "method.reward_weight=1", "method.top_p=0.5"), "a policy gradient needs samples"),
     (("monitor=val/errors",), "monitor is 'val/errors'; on the validation split this method measures val/nll"),

@@ -184,7 +184,7 @@ def test_a_self_taught_run_leaves_its_iterations(distill: Distill, tmp_path: Pat
     ledger, posed = record.ledger, TASK.problems("train", 200)[160:]
     assert ledger["rollout"]["tokens"] > 0 and ledger["student_update"]["tokens"] > 0
     assert ledger["prompt_prefill"]["tokens"] == 2 * sum(len(f"{problem.text}=") for problem in posed)
-    assert 0 < ledger["prompt_prefill"]["flops"] and 0 < ledger["rollout"]["flops"]
+    assert ledger["prompt_prefill"]["flops"] > 0 and ledger["rollout"]["flops"] > 0
     parts = ("prompt_prefill", "rollout", "student_update")
     assert all(ledger[part]["seconds"] > 0 for part in parts)
     assert sum(ledger[part]["seconds"] for part in parts) < record.wall_s

@@ -84,9 +84,7 @@ def test_p44_a_step_asks_the_same_however_it_is_cut(cut: dict[str, int]) -> None
     assert [asked(step) for step in parts] == [asked(step) for step in whole]
     assert [sorted(beside(step)) for step in parts] == [sorted(beside(step)) for step in whole]
     assert all(batch.stored for step in parts for batch in step)
-    assert {(one.step_stored_tokens, one.step_stored_rows) for one in parts[0]} == {
-        (whole[0][0].step_stored_tokens, 4)
-    }
+    assert {(one.step_stored_tokens, one.step_stored_rows) for one in parts[0]} == {(whole[0][0].step_stored_tokens, 4)}
 
 
 def test_a_shuffled_order_follows_the_seed_and_the_epoch() -> None:

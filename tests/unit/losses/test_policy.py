@@ -57,7 +57,7 @@ def sequence_reverse_kl(q: Logits, p: Logits, length: int) -> Tensor:
 
 
 def expected(per_token_YT: Tensor, sampler: Logits, length: int) -> Tensor:
-    """The mean over the sampler's own sequences of a per-token loss, summed over places; drawing is not differentiated."""
+    """The mean over the sampler's sequences of a per-token loss, summed over places; drawing is not differentiated."""
     weight_Y = logprobs(sampler, length).sum(-1).exp().detach()
     return (weight_Y[:, None] * per_token_YT).sum()
 
