@@ -35,7 +35,7 @@ CHUNK_LOGITS = {"cpu": 2**24}
 CHUNK_LOGITS_ELSEWHERE = 2**28
 FEWEST_CHUNK_ROWS, MOST_CHUNK_ROWS = 256, 4096
 # So few positions are taken whole: their logits are small, and the head's gradient need not be scaled afterwards.
-DENSE_ROWS = 32
+DENSE_ROWS = 16
 
 
 def linear_divergence(
