@@ -9,13 +9,12 @@ from research.errors import ConfigError
 from research.losses.soft_target import soft_target
 from research.losses.supervised import cross_entropy
 from research.methods.base import AbstractMethod, Component, Training
+from research.methods.sampled_places import check_reduction
 from research.methods.soft_target import check_temperature, check_weights
 from research.methods.token_validation import METRICS as TOKEN_METRICS
 from research.methods.token_validation import log_token_validation
 from research.records import DenseLogits, LossSum, TokenBatch
 from research.teachers.base import AbstractTeacher
-
-REDUCTIONS = ("token", "sequence", "fixed")
 
 
 class SftTrace(AbstractMethod):
@@ -50,13 +49,7 @@ class SftTrace(AbstractMethod):
         if soft_weight != 0 and teacher is None:
             raise ConfigError(f"method.soft_weight is {soft_weight} and there is no teacher; choose teacher=frozen")
         super().__init__(training, teacher)
-        if reduction not in REDUCTIONS:
-            raise ConfigError(f"method.reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
-        if (reduction == "fixed") != (fixed_length is not None) or (fixed_length is not None and fixed_length < 1):
-            raise ConfigError(
-                f"method.fixed_length is {fixed_length} with reduction={reduction}; give tokens, at least 1, for "
-                "reduction=fixed and leave it out elsewhere"
-            )
+        check_reduction(reduction, fixed_length)
         check_weights(hard_weight=hard_weight, soft_weight=soft_weight)
         check_temperature(temperature)
         self.reduction, self.fixed_length = reduction, fixed_length
