@@ -29,6 +29,7 @@ from research.models.weights import (
 from research.teachers.cache import CachedTeacher
 from research.teachers.ensemble import EnsembleTeacher
 from research.teachers.frozen import FrozenTeacher, LoadedNetwork
+from research.text.hub import hub_folder
 
 NETWORK_FOLDER = "student"
 CHECKPOINT_SUFFIXES = (".ckpt",)
@@ -42,6 +43,7 @@ PRETRAINED = "research.models.pretrained_language.PretrainedLanguageModel"
 def load_network(path: str | Path, *, dtype: str = "float32", **facts: Unpack[DataFacts]) -> LoadedNetwork:
     """Read a trained network that fits the facts of the data: inputs and classes, or the tokens of the text.
 
+    path   as this module's first lines say; of text also a hub id such as "Qwen/Qwen2.5-7B-Instruct"
     dtype  of a language model's weights. bfloat16, float16: rounded to it; float32 (the default): a Hugging Face
            folder's in it, a run's as they were trained; auto: as they are stored. A classifier has float32 alone
 
@@ -51,8 +53,11 @@ def load_network(path: str | Path, *, dtype: str = "float32", **facts: Unpack[Da
     path = Path(path)
     _check_dtype(dtype, facts)
     if not path.exists():
+        fetched = hub_folder(str(path)) if "vocab_size" in facts else None
+        if fetched is not None:
+            return replace(_from_hugging_face(fetched, facts, dtype), source=str(path))
         raise CheckpointError(
-            f"no file or folder {path}; give a run folder, a .ckpt file or a Hugging Face folder, "
+            f"no file or folder {path}; give a run folder, a .ckpt file, a Hugging Face folder or, of text, a hub id, "
             f"or train one into it: distill train experiment=NAME hydra.run.dir={path}"
         )
     if path.suffix in CHECKPOINT_SUFFIXES:

@@ -3,9 +3,12 @@
 Whether the hub answers is asked once, before a library asks it six times for each of a dozen files.
 """
 
+import re
 from pathlib import Path
 
 SECONDS = 10.0
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # no code, no pickles
 
 
 def source_of(name: str | Path, revision: str | None = None) -> str:
@@ -18,6 +21,18 @@ def source_of(name: str | Path, revision: str | None = None) -> str:
     if Path(name).exists() or hub_answers():
         return str(name)
     return snapshot_download(str(name), revision=revision, local_files_only=True)
+
+
+def hub_folder(name: str) -> Path | None:
+    """The folder with a hub id's files, fetched or in the local cache; None for what is no hub id, or not to be had."""
+    from huggingface_hub import snapshot_download
+
+    if not HUB_ID.fullmatch(name):
+        return None
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES), local_files_only=not hub_answers()))
+    except (OSError, ValueError):
+        return None
 
 
 def hub_answers() -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from torch import nn
 
 from research.errors import CheckpointError, ConfigError
@@ -290,3 +291,31 @@ def test_a_pretrained_student_s_run_is_a_teacher(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="do not hash to"):
         frozen(str(tmp_path / "run"), **FACTS)
+
+
+def test_a_teacher_of_the_hub_is_read_from_its_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache as the hub's own library lays it out; the hub itself is not asked."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    home = tmp_path / "models--nobody--tiny"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("0" * 40)
+    snapshot = home / "snapshots" / ("0" * 40)
+    tokenizer = build_tokenizer("characters", alphabet="abc")
+    tokenizer.save_pretrained(snapshot)
+    facts: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0,
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+    }  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(snapshot)
+    loaded = load_network("nobody/tiny", **facts)
+    ids = torch.arange(3)[None]
+    logits = loaded.network.eval()(ids, torch.arange(3)[None], torch.ones_like(ids))
+    assert torch.equal(logits, model(ids).logits) and loaded.source == "nobody/tiny"
+    with pytest.raises(CheckpointError, match="no file or folder nobody/else"):
+        load_network("nobody/else", **facts)
