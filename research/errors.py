@@ -25,6 +25,10 @@ class RolloutError(RuntimeError):
     """What the student writes can no longer be trained on: it never stops, or it is too far from who is trained."""
 
 
+class Pruned(RuntimeError):
+    """A run that a sweep's pruner ended early; what it reported until then is kept."""
+
+
 class Preempted(RuntimeError):
     """The run was asked to stop by a signal and can be resumed; ``exit_code`` is 128 + the signal's number."""
 

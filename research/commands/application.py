@@ -13,6 +13,7 @@ from typing import Any
 FULL_ERROR = "HYDRA_FULL_ERROR"
 FAILURE, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 _NO_CHOICE = "Config group override must be"  # the one composition error that Hydra raises as a plain ValueError
+_START = "from research.commands.main import main; main()"
 _PRINTING_FLAGS = ("--cfg", "-c", "--info", "-i")
 
 Task = Callable[[Any], Any]
@@ -67,10 +68,14 @@ def _run(command: str, task: Task, arguments: list[str], conf_dir: Path, *, keep
     import hydra
 
     from research.schemas import register_schemas
+    from research.sweeps.best_experiment import with_experiment_file
     from research.sweeps.secrets import mask_printed, refuse_secret_overrides
+    from research.sweeps.trial_context import set_application_program
 
     refuse_secret_overrides(arguments)
     register_schemas()
+    arguments = with_experiment_file(arguments)
+    set_application_program((sys.executable, "-c", _START, command))
     failures: list[BaseException] = []
     job = _guarded(command, task, failures, keep_in_job)
     printed = io.StringIO() if any(a.startswith(_PRINTING_FLAGS) for a in arguments) else None
@@ -102,9 +107,13 @@ def _guarded(command: str, task: Task, failures: list[BaseException], keep_in_jo
 
         from research.errors import Preempted
         from research.schemas import check_root
+        from research.sweeps.trial_context import current_trial
 
-        single = HydraConfig.get().mode == RunMode.RUN
-        sys.argv = script  # what Lightning starts further ranks with
+        trial = current_trial()
+        single = HydraConfig.get().mode == RunMode.RUN and trial is None
+        sys.argv = (
+            script if trial is None else _alone(script, command, trial)
+        )  # what Lightning starts further ranks with
         try:
             check_root(cfg, command)
             return task(cfg)
@@ -120,3 +129,10 @@ def _guarded(command: str, task: Task, failures: list[BaseException], keep_in_jo
             return None
 
     return job
+
+
+def _alone(script: list[str], command: str, trial: Any) -> list[str]:
+    """The command line that runs a sweep's trial by itself: its further ranks must not sweep, nor draw other values."""
+    from research.sweeps.grammar import quoted
+
+    return [script[0], command, *trial.overrides, "hydra.mode=RUN", f"hydra.run.dir={quoted(trial.folder)}"]

@@ -3,6 +3,7 @@
   distill report experiments/mnist_soft_targets
   distill report experiments/mnist_soft_targets preset=smoke
   distill report experiments                         every study that has records, and the table in README.md
+  distill report outputs/sweeps/NAME                 a sweep's trials, best.yaml and figures, also while it runs
   distill report outputs/stores/sum5                 the page of a trace store: kept and dropped traces, mask, reasons
 
 Studies need neither torch nor the run folders, and give the same bytes every time.
@@ -18,11 +19,14 @@ GROUPS = ()
 def task(cfg: DictConfig) -> None:
     """Rebuild one study's results, those of a folder of studies, or the page of a trace store."""
     from research.commands.study import print_report, study_folder
+    from research.sweeps.sweep_report import is_sweep, report_again
 
     if cfg.folder and (Path(cfg.folder) / "manifest.json").exists() and (Path(cfg.folder) / "data").is_dir():
         from research.sweeps.traces_job import rebuild_explorer
 
         print(f"written: {rebuild_explorer(Path(cfg.folder))}")
+    elif cfg.folder and is_sweep(Path(cfg.folder)):
+        print(report_again(Path(cfg.folder)))
     elif cfg.folder and not (Path(cfg.folder) / "study.yaml").exists() and any(Path(cfg.folder).glob("*/study.yaml")):
         _report_all(Path(cfg.folder))
     else:

@@ -11,6 +11,8 @@
 The folder outputs/NAME/TIME holds the composed config, the log, checkpoints, the student and its record.
 """
 
+from typing import Any
+
 from omegaconf import DictConfig
 
 GROUPS = (
@@ -23,15 +25,27 @@ SHOWN = (
 )  # fmt: skip
 
 
-def task(cfg: DictConfig) -> float | None:
-    """Run one training job; returns the metric named by `monitor` where it was measured, for sweeps."""
+def task(cfg: DictConfig) -> Any:
+    """Run one training job; returns the metric named by `monitor` where it was measured, for sweeps.
+
+    A trial of a sweep with named objectives returns every metric, and what the run cost.
+    """
     from hydra.core.hydra_config import HydraConfig
 
+    from research.errors import Pruned
     from research.sweeps.jobs import train_job
+    from research.sweeps.trial_context import current_trial
+    from research.sweeps.trial_hooks import returned_by
 
-    metrics = train_job(cfg).metrics
-    for name, value in metrics.items():
-        if name.split("/")[-1] in SHOWN:
-            print(f"{name:32s} {value:.6g}")
-    print(f"record: {HydraConfig.get().runtime.output_dir}/run.json")
-    return metrics.get(cfg.monitor)
+    try:
+        record = train_job(cfg)
+    except Pruned as stopped:
+        from optuna import TrialPruned
+
+        raise TrialPruned(str(stopped)) from None
+    if current_trial() is None:
+        for name, value in record.metrics.items():
+            if name.split("/")[-1] in SHOWN:
+                print(f"{name:32s} {value:.6g}")
+        print(f"record: {HydraConfig.get().runtime.output_dir}/run.json")
+    return returned_by(record, cfg)

@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +18,22 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from research.errors import CheckpointError, NonFiniteLoss, Preempted
+from research.errors import CheckpointError, NonFiniteLoss, Preempted, Pruned
+from research.loops.pruning_stop import PruningStop
+from research.loops.signals import handled
 from research.methods.base import AbstractMethod
 from research.models.weights import is_finite
+from research.results.record import PROGRESS_FILE
 
 CHECKPOINTS = "checkpoints"
 LAST, BEST = "last.ckpt", "best.ckpt"
-PROGRESS_FILE = "progress.json"
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FitOutcome:
-    """How a fit ended. `status` is completed, preempted or failed; `seconds` counts this process alone.
+    """How a fit ended. `status` is completed, pruned, preempted or failed; `seconds` counts this process alone.
 
     signal_number  of the signal that stopped a preempted fit
     """
@@ -42,7 +44,9 @@ class FitOutcome:
     signal_number: int | None = None
 
     def raise_if_stopped(self, run_dir: Path) -> None:
-        """Raises Preempted or NonFiniteLoss where the fit did not complete."""
+        """Raises Preempted, Pruned or NonFiniteLoss where the fit did not complete."""
+        if self.status == "pruned":
+            raise Pruned(str(self.reason))
         if self.signal_number is not None:
             raise Preempted(f"{self.reason} (run folder {run_dir})", 128 + self.signal_number)
         if self.status != "completed":
@@ -79,22 +83,6 @@ class StopOnInterrupt(Callback):
         self._note(number, frame)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-@contextmanager
-def handled(handlers: Mapping[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
-    """These signal handlers inside, the former ones afterwards; outside the main thread nothing is changed."""
-    previous: dict[signal.Signals, Any] = {}
-    try:
-        for number, handler in handlers.items():
-            previous[number] = signal.signal(number, handler)
-    except ValueError:  # not the main thread: whoever owns it handles signals
-        pass
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class KeepLast(ModelCheckpoint):
@@ -190,6 +178,9 @@ def fit(
         return stopped(signal.SIGINT)
     except NonFiniteLoss as error:
         return ended("failed", f"{error}. Last good checkpoint: {_last_checkpoint(trainer)}")
+    pruners = [one for one in trainer.callbacks if isinstance(one, PruningStop)]  # type: ignore[attr-defined]
+    if pruners and pruners[0].reason is not None:
+        return ended("pruned", pruners[0].reason)
     if interrupt.received is not None:  # in the last moments of the fit, after Lightning's own last look
         return stopped(interrupt.received)
     return ended("completed", None)

@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+PROGRESS_FILE = "progress.json"  # in a run's folder while it trains: {"step": ..., "total_steps": ...}
+
 SCHEMA_VERSION = 2
 READ_SCHEMAS = (1, 2)  # in 1 the ledger had no part prompt_prefill: the prompts' passes are in its rollout
-STATUSES = ("completed", "failed", "preempted")
+STATUSES = ("completed", "failed", "preempted", "pruned")
 LEDGER_PARTS = ("student_update", "teacher_scoring", "teacher_training", "rollout", "prompt_prefill")
 LEDGER_FIELDS = ("flops", "tokens", "seconds")
 RECORDED_PACKAGES = (

@@ -35,6 +35,7 @@ from research.data.traces import TraceData
 from research.errors import ConfigError, Preempted
 from research.loops.fit import ReportProgress, StopOnInterrupt, profiler_into
 from research.loops.ledger import training_of
+from research.loops.pruning_stop import PruningStop
 from research.loops.self_taught_plan import SelfTaughtPlan
 from research.loops.strong_to_weak import StrongToWeakPlan
 from research.loops.training import TrainingRun
@@ -42,6 +43,7 @@ from research.results.record import RunRecord, collect_versions, git_revision, h
 from research.schemas import check_root
 from research.sweeps.preflight_job import preflight_before
 from research.sweeps.secrets import refuse_secrets
+from research.sweeps.trial_hooks import as_trial, pruning_stop
 from research.teachers.base import AbstractTeacher
 from research.teachers.cache import CacheWriter
 from research.teachers.manifest import CacheFingerprint, read_manifest
@@ -52,6 +54,7 @@ log = logging.getLogger(__name__)
 def train_job(cfg: DictConfig) -> RunRecord:
     """Fit, evaluate, record; the run folder is Hydra's output directory."""
     prepare_process(cfg)
+    cfg = as_trial(cfg)
     job = HydraConfig.get()
     return train_into(Path(job.runtime.output_dir), cfg, list(job.overrides.task))
 
@@ -79,7 +82,7 @@ def train_into(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> RunRecor
         fast = bool(cfg.trainer.fast_dev_run)
         late: dict[str, Any] = {
             "default_root_dir": str(run_dir),
-            "callbacks": [*run.callbacks(interrupt), ReportProgress(run_dir)],
+            "callbacks": [*run.callbacks(interrupt), *_pruning(cfg, run), ReportProgress(run_dir)],
             "logger": False if fast else build_logger(cfg, run_dir),
             "enable_checkpointing": not fast,
             "enable_model_summary": False,
@@ -95,6 +98,16 @@ def train_into(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> RunRecor
         record = run.run(trainer, interrupt)
         log.info("%s after %.1f s: %s", record.status, record.wall_s, record.metrics)
         return record
+
+
+def _pruning(cfg: DictConfig, run: TrainingRun) -> list[PruningStop]:
+    """What reports to a sweep's pruner, where there is one."""
+    found = pruning_stop(cfg)
+    if found is not None and run.loop is not None:
+        raise ConfigError(
+            "a pruner compares reports of one fit, and this loop runs several; give pruner none or loop=none"
+        )
+    return [] if found is None else [found]
 
 
 def _loop(cfg: DictConfig, parts: Parts, run_dir: Path, overrides: list[str]) -> Any:

@@ -18,9 +18,42 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from research.loops.fit import PROGRESS_FILE
+from research.results.record import PROGRESS_FILE
 
 EVERY_S = 1.0
+
+
+class RunBars:
+    """A bar for every run that has begun, by the `progress.json` that runs write into their folders."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._bars: dict[Path, TaskID] = {}
+
+    def show(self, folders: Sequence[str]) -> None:
+        """Bars for exactly these runs, or for the newest of the runs inside each."""
+        found = {newest for folder in folders if (newest := _newest(Path(folder))) is not None}
+        for folder in set(self._bars) - found:
+            self.drop(folder)
+        for folder in sorted(found):
+            self.update(folder)
+
+    def update(self, folder: Path) -> None:
+        """Read how far the run in a folder is."""
+        try:
+            told = json.loads((folder / PROGRESS_FILE).read_text())
+        except (OSError, ValueError):
+            return
+        if folder not in self._bars:
+            name = "/".join(folder.parts[-2:])
+            self._bars[folder] = self._progress.add_task(f"  {name}", total=told["total_steps"])
+        self._progress.update(self._bars[folder], completed=told["step"])
+
+    def drop(self, folder: Path) -> None:
+        """Take a run's bar away."""
+        bar = self._bars.pop(folder, None)
+        if bar is not None:
+            self._progress.remove_task(bar)
 
 
 class StudyProgress:
@@ -40,7 +73,7 @@ class StudyProgress:
         self._name, self._total, self._done, self._told = name, total, 0, -1
         self._console = console
         self._study = self._progress.add_task(name, total=total)
-        self._bars: dict[Path, TaskID] = {}
+        self._runs = RunBars(self._progress)
 
     def __enter__(self) -> "StudyProgress":
         self._progress.start()
@@ -68,10 +101,10 @@ class StudyProgress:
         def look() -> None:
             for folder in [folder for folder in waiting if is_finished(folder)]:
                 waiting.remove(folder)
-                self._drop_bar(folder)
+                self._runs.drop(folder)
                 self.advance(1)
             for folder in waiting:
-                self._show_run(folder)
+                self._runs.update(folder)
 
         def follow() -> None:
             while not stop.wait(EVERY_S):
@@ -86,19 +119,10 @@ class StudyProgress:
             thread.join()
             look()
             for folder in waiting:
-                self._drop_bar(folder)
+                self._runs.drop(folder)
 
-    def _show_run(self, folder: Path) -> None:
-        try:
-            told = json.loads((folder / PROGRESS_FILE).read_text())
-        except (OSError, ValueError):
-            return
-        if folder not in self._bars:
-            name = "/".join(folder.parts[-2:])
-            self._bars[folder] = self._progress.add_task(f"  {name}", total=told["total_steps"])
-        self._progress.update(self._bars[folder], completed=told["step"])
 
-    def _drop_bar(self, folder: Path) -> None:
-        bar = self._bars.pop(folder, None)
-        if bar is not None:
-            self._progress.remove_task(bar)
+def _newest(folder: Path) -> Path | None:
+    """The folder of the run that told last, this one or one right inside."""
+    found = [*folder.glob(PROGRESS_FILE), *folder.glob(f"*/{PROGRESS_FILE}")]
+    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None

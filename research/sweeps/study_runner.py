@@ -19,7 +19,7 @@ from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import OmegaConf, open_dict
 
 from research.errors import ConfigError, Preempted
-from research.loops.fit import handled
+from research.loops.signals import handled
 from research.results.collect import collect
 from research.results.record import read_record
 from research.results.study import Requirement, Study, cells, fill_placeholders, requirements, stages

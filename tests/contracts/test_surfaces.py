@@ -64,7 +64,7 @@ def test_run_record_schema() -> None:
         "versions", "revision", "hardware", "started_at", "wall_s", "metrics", "ledger", "data", "student",
         "teacher", "artifacts",
     )  # fmt: skip
-    assert STATUSES == ("completed", "failed", "preempted")
+    assert STATUSES == ("completed", "failed", "preempted", "pruned")
     assert LEDGER_PARTS == ("student_update", "teacher_scoring", "teacher_training", "rollout", "prompt_prefill")
     assert LEDGER_FIELDS == ("flops", "tokens", "seconds")
 

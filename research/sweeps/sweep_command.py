@@ -1,0 +1,291 @@
+"""From a sweeper's options to a sweep: everything is checked before the first trial is made."""
+
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import configure_log
+from hydra.errors import HydraException
+from hydra.types import HydraContext, RunMode, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from research.errors import ConfigError
+from research.schemas import nearest
+from research.sweeps.engines import build_pruner, build_sampler, storage_spec
+from research.sweeps.search_space import Parameter, SearchSpace, parse_space
+from research.sweeps.sweep_controller import SweepController, SweepPlan, quiet_launches
+from research.sweeps.sweep_progress import watching_sweep
+from research.sweeps.sweep_report import build_sweep_report, save_terms
+from research.sweeps.trial_context import application_program
+from research.sweeps.trial_runs import RunPlan, TrialRuns, own_program, refuse_in_a_rank
+from research.sweeps.trial_store import SweepTerms, TrialStore
+from research.sweeps.trial_work import SweepLimits, TrialWork
+
+log = logging.getLogger(__name__)
+DIRECTIONS = ("minimize", "maximize")
+QUIET = "hydra.job_logging.root.handlers=[file]"
+
+
+def sweep(
+    options: Mapping[str, Any],
+    arguments: Sequence[str],
+    hydra_context: HydraContext,
+    task: TaskFunction,
+    config: DictConfig,
+    launcher_for: Callable[[TaskFunction, DictConfig], Any],
+) -> list[Any]:
+    """Run a sweep, or go on with it, and write its report; returns the launcher's returns, launch by launch."""
+    import optuna
+
+    refuse_in_a_rank()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+    sweep_dir = Path(str(config.hydra.sweep.dir)).absolute()
+    loader = hydra_context.config_loader
+    space, fixed = parse_space(
+        options["params"], arguments, zipped=options["zipped"], conditional=options["conditional"], config_loader=loader
+    )
+    if not space.parameters:
+        raise ConfigError("nothing is searched; give a key several values, such as lr='interval(0.001,0.1)' or x=1,2")
+    terms = _terms(options, space, sweep_dir, config)
+    _check_composes(space, fixed, loader, config)
+    plan = _plan(options, config)
+    work = TrialWork(
+        store=TrialStore(terms),
+        space=space,
+        runs=TrialRuns(task, hydra_context, _run_plan(options, config)),
+        sweep_dir=str(sweep_dir),
+        fixed=tuple(fixed),
+        gpus=_gpus(options["gpus"], plan.n_jobs),
+    )
+    _make_folder(sweep_dir, config)
+    quiet = quiet_launches(config)
+    remembered = {
+        "space": space.described(),
+        "fixed": sorted(fixed),
+        "seeds": list(options["seeds"]),
+        "directions": list(terms.directions),
+        "objectives": list(terms.objectives),
+    }
+    searched = [text for parameter in space.parameters for choice in parameter.choices for text in choice.overrides]
+    groups = groups_of([*fixed, *searched], loader)
+    controller = SweepController(plan, work, task, lambda wrapped: launcher_for(wrapped, quiet), remembered, groups)
+    save_terms(terms, sweep_dir)
+    try:
+        return controller.run(watching_sweep)
+    finally:
+        _report(work.store, sweep_dir)
+
+
+def groups_of(keys: Sequence[str], loader: Any) -> list[str]:
+    """Those of the keys that choose a file of a config group."""
+    names = {key.lstrip("+~").partition("=")[0].partition("@")[0] for key in keys}
+    return sorted(name for name in names if loader.get_group_options(name))
+
+
+def _terms(options: Mapping[str, Any], space: SearchSpace, sweep_dir: Path, config: DictConfig) -> SweepTerms:
+    """What all processes of the sweep must know, checked."""
+    directions, objectives = _objectives(options)
+    sampler, pruner = dict(options["sampler"] or {}), dict(options["pruner"] or {})
+    if sampler.get("name") == "tpe" and sampler.get("group") is None:
+        sampler["group"] = space.is_conditional and bool(sampler.get("multivariate"))
+    if sampler.get("name") == "tpe" and space.is_conditional and sampler.get("multivariate") and not sampler["group"]:
+        raise ConfigError(
+            "hydra.sweeper.sampler.multivariate draws conditional parameters independently, and without saying so, "
+            "where group is false; leave group to null"
+        )
+    build_sampler(sampler, None)
+    build_pruner(pruner)
+    name = pruner.get("name")
+    if name != "none" and len(directions) > 1:
+        raise ConfigError(
+            f"pruner {name} compares one value, and there are {len(directions)} objectives; give pruner none"
+        )
+    if name == "wilcoxon" and not options["seeds"]:
+        raise ConfigError("pruner wilcoxon compares trials seed by seed; give hydra.sweeper.seeds, such as [0,1,2,3,4]")
+    for key in options["constraints"]:
+        if not objectives:
+            raise ConfigError(
+                f"constraints.{key} bounds a returned metric, so the task must return a mapping; set objectives"
+            )
+    return SweepTerms(
+        storage=storage_spec(options["storage"] or {}, sweep_dir),
+        name=options["study_name"] or sweep_dir.name,
+        directions=directions,
+        objectives=objectives,
+        constraints={str(key): float(bound) for key, bound in options["constraints"].items()},
+        sampler=sampler,
+        pruner=pruner,
+        fixed=space.check_point(options["fixed"], "fixed"),
+        lease_s=float(options["lease_s"]),
+        stale_s=float(options["stale_s"]),
+        max_attempts=int(options["max_attempts"]),
+        retries=int(options["retries"]),
+    )
+
+
+def _objectives(options: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    given = options["objectives"]
+    if given:
+        names, directions = tuple(map(str, given)), tuple(map(str, given.values()))
+    else:
+        single = options["direction"]
+        names, directions = (), tuple(map(str, single if isinstance(single, list | tuple) else [single]))
+    for direction in directions:
+        if direction not in DIRECTIONS:
+            raise ConfigError(
+                f"the direction {direction!r}{nearest(direction, DIRECTIONS)}; expected {' or '.join(DIRECTIONS)}"
+            )
+    for name in (*names, *options["constraints"]):
+        if str(name).startswith(("test/", "test_")):
+            raise ConfigError(
+                f"{name} is measured on the test split, which is reported once; search by a metric of validation, "
+                f"such as val/{str(name).partition('/')[2] or 'errors'}"
+            )
+    return directions, names
+
+
+def _plan(options: Mapping[str, Any], config: DictConfig) -> SweepPlan:
+    jobs = options["n_jobs"]
+    if jobs is None:
+        jobs = OmegaConf.select(config, "hydra.launcher.n_jobs", default=None) or 1
+    copied = options["copy_from"] or {}
+    return SweepPlan(
+        n_trials=int(options["n_trials"]),
+        n_jobs=os.cpu_count() or 1 if jobs == -1 else int(jobs),
+        mode=options["mode"],
+        enqueue=tuple(options["enqueue"]),
+        copy_from=dict(copied),
+        resume=options["resume"],
+        on_change=options["on_change"],
+        limits=SweepLimits(
+            timeout=options["timeout"],
+            target=options["target"],
+            patience=options["patience"],
+            max_failures=options["max_failures"],
+            max_failure_rate=options["max_failure_rate"],
+        ),
+        sampler_seed=(options["sampler"] or {}).get("seed"),
+    )
+
+
+def _run_plan(options: Mapping[str, Any], config: DictConfig) -> RunPlan:
+    handlers = OmegaConf.select(config, "hydra.job_logging.root.handlers", default=None)
+    has_file = OmegaConf.select(config, "hydra.job_logging.handlers.file", default=None) is not None
+    return RunPlan(
+        seeds=tuple(int(seed) for seed in options["seeds"]),
+        seed_key=options["seed_key"],
+        subprocess=bool(options["subprocess"]),
+        program=application_program() or own_program(),
+        quiet=(QUIET,) if handlers and has_file else (),
+        prune_on=_on_validation(options["prune_on"]),
+        prune_step=options["prune_step"],
+    )
+
+
+def _on_validation(metric: str | None) -> str | None:
+    if metric is not None and not metric.startswith("val/"):
+        raise ConfigError(
+            f"hydra.sweeper.prune_on is {metric!r}; only metrics of validation select: give one of val/..."
+        )
+    return metric
+
+
+def _check_composes(space: SearchSpace, fixed: Sequence[str], loader: Any, config: DictConfig) -> None:
+    """Compose one trial for every value of every group and block: a typing error costs no trial."""
+    name = config.hydra.job.config_name
+    for point in _samples(space):
+        overrides = [*fixed, *space.overrides(point)]
+        try:
+            loader.load_configuration(config_name=name, overrides=overrides, run_mode=RunMode.RUN)
+        except HydraException as error:
+            told = " ".join(f"{error} {error.__cause__ or ''}".split())
+            raise ConfigError(
+                f"a trial does not compose ({', '.join(space.overrides(point))}): {told}{_near(told, config)}"
+            ) from None
+
+
+def _samples(space: SearchSpace) -> list[dict[str, Any]]:
+    """Points that together show every value of every discrete parameter, and both ends of the others."""
+    widest = max((len(_shown(parameter)) for parameter in space.parameters), default=1)
+    found = [_point(space, {}, number) for number in range(widest)]
+    for parameter in space.parameters:  # a block whose condition no point above met
+        if parameter.when and not any(parameter.name in point for point in found):
+            found.append(_point(space, {name: values[0] for name, values in parameter.when}, 0))
+    return found
+
+
+def _point(space: SearchSpace, wanted: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """The point of the wanted values and, of every other parameter, its value with that number."""
+
+    def value(parameter: Parameter) -> Any:
+        shown = _shown(parameter)
+        return wanted.get(parameter.name, shown[number % len(shown)])
+
+    return space.draw(value)
+
+
+def _shown(parameter: Parameter) -> list[Any]:
+    return parameter.values() if parameter.choices else [parameter.low, parameter.high]
+
+
+def _near(told: str, config: DictConfig) -> str:
+    """The nearest key of the config, where Hydra says that it knows none of that name."""
+    import re
+
+    named = re.search(r"Could not override '([^']+)'", told)
+    if not named:
+        return ""
+    return nearest(named[1].lstrip("+"), _keys(OmegaConf.to_container(config, resolve=False)))
+
+
+def _keys(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, Mapping):
+        return []
+    found = []
+    for key, value in node.items():
+        if prefix or key != "hydra":
+            found += [f"{prefix}{key}", *_keys(value, f"{prefix}{key}.")]
+    return found
+
+
+def _gpus(given: Any, n_jobs: int) -> tuple[str, ...]:
+    """One GPU for every worker where there are several; what the user says goes first."""
+    if given is not None:
+        return tuple(str(one) for one in given)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if n_jobs == 1:
+        return ()
+    if visible is not None:
+        found = [one.strip() for one in visible.split(",") if one.strip()]
+    elif shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+        found = [
+            str(number)
+            for number, _ in enumerate(line for line in listed.stdout.splitlines() if line.startswith("GPU"))
+        ]
+    else:
+        found = []
+    return tuple(found) if len(found) > 1 else ()
+
+
+def _make_folder(sweep_dir: Path, config: DictConfig) -> None:
+    try:
+        sweep_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, sweep_dir / "multirun.yaml")
+    except OSError as error:
+        raise ConfigError(
+            f"the sweep folder {sweep_dir} cannot be written: {error.strerror}; set hydra.sweep.dir"
+        ) from None
+
+
+def _report(store: TrialStore, sweep_dir: Path) -> None:
+    """Write what there is to tell; a sweep whose report fails has still run."""
+    try:
+        print(build_sweep_report(store, sweep_dir))
+    except Exception:
+        log.exception("the report of %s could not be written; `distill report %s` tries again", sweep_dir, sweep_dir)

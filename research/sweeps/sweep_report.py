@@ -1,0 +1,209 @@
+"""What a sweep leaves: its trials as a table, the best one as a file that runs, and figures. From the storage alone."""
+
+import csv
+import io
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from research.errors import ConfigError
+from research.results.record import write_atomic
+from research.sweeps.best_experiment import experiment_text
+from research.sweeps.sweep_progress import best_line, told
+from research.sweeps.trial_store import SweepTerms, TrialStore
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+TRIALS_CSV, TRIALS_PARQUET, BEST, RESULTS = "trials.csv", "trials.parquet", "best.yaml", "optimization_results.yaml"
+TERMS_FILE = "sweep.yaml"
+FEWEST_FOR_FIGURES = 2
+FIGURES = {"history": "plot_optimization_history", "slice": "plot_slice", "importance": "plot_param_importances"}
+
+
+def build_sweep_report(store: TrialStore, sweep_dir: Path) -> str:
+    """Write the report into the sweep's folder; returns a few lines to print. Works while the sweep runs."""
+    trials = store.trials()
+    rows = [trial_row(trial, store.terms) for trial in trials]
+    _write_table(rows, sweep_dir)
+    best = store.best_trials()
+    _write_results(best, store, sweep_dir)
+    _write_best(best, store, sweep_dir)
+    written = _write_figures(store, sweep_dir)
+    names = [TRIALS_CSV, TRIALS_PARQUET, *([BEST] if best else []), RESULTS, *written]
+    lines = [f"{store.terms.name}: {told(store.counts())}", best_line(store), f"{sweep_dir}: {', '.join(names)}"]
+    return "\n".join(line for line in lines if line)
+
+
+def trial_row(trial: "FrozenTrial", terms: SweepTerms) -> dict[str, Any]:
+    """One trial as a row: number, state, values, parameters, where it lies, what it took and why it failed."""
+    attrs = trial.user_attrs
+    values = dict(zip(value_names(terms), trial.values or [None] * len(terms.directions), strict=True))
+    spread = dict(zip(value_names(terms), attrs.get("standard_deviation", []), strict=False))
+    return {
+        "number": trial.number,
+        "state": "failed" if trial.state.name == "FAIL" else trial.state.name.lower(),
+        **values,
+        **{f"{name}_sd": value for name, value in spread.items()},
+        **{f"param:{name}": value for name, value in trial.params.items()},
+        **{f"metric:{name}": attrs.get("metrics", {}).get(name) for name in terms.constraints},
+        "feasible": all(overstepped <= 0 for overstepped in trial.constraints.values()) if terms.constraints else None,
+        "last_step": max(trial.intermediate_values, default=None),
+        "seconds": attrs.get("seconds"),
+        "started_at": attrs.get("started_at"),
+        "attempts": attrs.get("attempts"),
+        "retry_of": attrs.get("retry_of"),
+        "seeds": " ".join(attrs.get("seed_results", {})) or None,
+        "reason": attrs.get("reason"),
+        "host": attrs.get("host"),
+        "revision": attrs.get("revision"),
+        "folder": attrs.get("folder"),
+        "overrides": " ".join(attrs.get("overrides", [])) or None,
+    }
+
+
+def value_names(terms: SweepTerms) -> tuple[str, ...]:
+    """The objectives' names; a task that returns bare numbers has none."""
+    count = len(terms.directions)
+    return terms.objectives or (("value",) if count == 1 else tuple(f"value_{number}" for number in range(count)))
+
+
+def save_terms(terms: SweepTerms, sweep_dir: Path) -> None:
+    """Keep in the folder what is needed to open the sweep again: `distill report FOLDER`."""
+    storage = {key: value for key, value in terms.storage.__dict__.items() if value is not None}
+    told = {
+        "study_name": terms.name,
+        "storage": {**storage, "engine": dict(terms.storage.engine)},
+        "directions": list(terms.directions),
+        "objectives": list(terms.objectives),
+        "constraints": dict(terms.constraints),
+    }
+    write_atomic(sweep_dir / TERMS_FILE, yaml.safe_dump(told, sort_keys=False).encode())
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder is that of a sweep."""
+    return (folder / TERMS_FILE).exists()
+
+
+def report_again(folder: Path) -> str:
+    """Rebuild a sweep's report from its storage. Raises ConfigError where that is gone."""
+    from research.sweeps.engines import StorageSpec
+
+    told_terms = yaml.safe_load((folder / TERMS_FILE).read_text())
+    spec = StorageSpec(**told_terms["storage"])
+    if spec.name == "memory":
+        raise ConfigError(
+            f"{folder} was swept with storage memory, which ended with its process; its files are as it left them"
+        )
+    if spec.name == "journal" and not Path(str(spec.path)).exists():
+        moved = folder / Path(str(spec.path)).name
+        if not moved.exists():
+            raise ConfigError(f"{folder} keeps its study in {spec.path}, which is gone")
+        spec = StorageSpec(spec.name, path=str(moved.absolute()))
+    terms = SweepTerms(
+        storage=spec,
+        name=told_terms["study_name"],
+        directions=tuple(told_terms["directions"]),
+        objectives=tuple(told_terms["objectives"]),
+        constraints=told_terms["constraints"],
+    )
+    return build_sweep_report(TrialStore(terms), folder)
+
+
+def _write_table(rows: list[dict[str, Any]], folder: Path) -> None:
+    """The table as CSV and parquet, parameters that only some trials have left empty in the others."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    first = [c for c in columns if not c.startswith("param:")]
+    at = next((n for n, c in enumerate(first) if c in ("feasible",)), len(first))
+    columns = [*first[:at], *(c for c in columns if c.startswith("param:")), *first[at:]]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(folder / TRIALS_CSV, text.getvalue().encode())
+    table = pa.table({column: _column([row.get(column) for row in rows]) for column in columns})
+    partial = folder / f"{TRIALS_PARQUET}.partial"
+    pq.write_table(table, partial)
+    partial.replace(folder / TRIALS_PARQUET)
+
+
+def _column(values: list[Any]) -> list[Any]:
+    """Values of one kind: a parameter whose choices are of several kinds is written as text."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float}:
+        return [None if value is None else float(value) for value in values] if float in kinds else values
+    return values if len(kinds) <= 1 else [None if value is None else str(value) for value in values]
+
+
+def _write_results(best: "list[FrozenTrial]", store: TrialStore, folder: Path) -> None:
+    """The file that hydra's own Optuna plugin leaves, for what reads it."""
+    if len(store.terms.directions) == 1:
+        found: Mapping[str, Any] = {
+            "name": "optuna",
+            "best_params": dict(best[0].params) if best else {},
+            "best_value": best[0].values[0] if best else None,
+        }
+    else:
+        found = {"name": "optuna", "solutions": [{"params": dict(t.params), "values": list(t.values)} for t in best]}
+    write_atomic(folder / RESULTS, yaml.safe_dump(dict(found), sort_keys=False).encode())
+
+
+def _write_best(best: "list[FrozenTrial]", store: TrialStore, folder: Path) -> None:
+    """The best trial as an experiment; of several objectives one file for each trial that no other beats."""
+    groups = store.study().user_attrs.get("groups", [])
+    several = len(store.terms.directions) > 1
+    for old in folder.glob("pareto_*.yaml"):
+        old.unlink()
+    for trial in best:
+        values = ", ".join(f"{n} {v:.6g}" for n, v in zip(value_names(store.terms), trial.values, strict=True))
+        comment = f"trial {trial.number} of the sweep {store.terms.name}: {values}"
+        text = experiment_text(trial.user_attrs.get("overrides", []), groups, comment)
+        write_atomic(folder / (f"pareto_{trial.number}.yaml" if several else BEST), text.encode())
+    if several and best:  # the first objective's best, so that there is one file with this name always
+        sign = -1.0 if store.terms.directions[0] == "maximize" else 1.0
+        first = min(best, key=lambda trial: sign * trial.values[0])
+        write_atomic(folder / BEST, (folder / f"pareto_{first.number}.yaml").read_bytes())
+
+
+def _write_figures(store: TrialStore, folder: Path) -> list[str]:
+    """History, slices and importances, or the trade-off of two objectives; what cannot be drawn yet is left out."""
+    import matplotlib
+    import optuna
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from optuna.visualization import matplotlib as drawn
+
+    complete = [t for t in store.trials() if t.state.name == "COMPLETE"]
+    if len(complete) < FEWEST_FOR_FIGURES:
+        return []
+    study = store.study()
+    wanted = {name: getattr(drawn, call) for name, call in FIGURES.items()}
+    several = len(store.terms.directions) > 1
+    arguments: dict[str, Any] = {}
+    if several:
+        wanted = {"pareto": drawn.plot_pareto_front} if len(store.terms.directions) < 4 else {}
+        arguments = {"target_names": list(value_names(store.terms))}
+    elif len(complete) < 4 or all(len({str(t.params.get(n)) for t in complete}) < 2 for n in complete[0].params):
+        wanted.pop("importance")
+    written = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optuna.logging.disable_default_handler()
+        for name, draw in wanted.items():
+            plt.close("all")
+            try:
+                draw(study, **({"target_name": value_names(store.terms)[0]} if not several else arguments))
+            except (ValueError, RuntimeError):  # too few different trials for this figure
+                continue
+            plt.gcf().savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+            written.append(f"{name}.png")
+    plt.close("all")
+    return written

@@ -1,0 +1,127 @@
+"""Opening a sweep's study: made once, found again by the next command, refused where it is another search."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from research.errors import ConfigError
+from research.sweeps.owners import Beats, is_same_machine, this_process
+from research.sweeps.trial_store import TrialStore
+
+TERMS, CONTROLLER = "sweep", "controller"
+RESUME = ("auto", "must", "never")
+ON_CHANGE = ("refuse", "allow")
+READY_S = 30.0
+
+
+def open_study(store: TrialStore, terms: Mapping[str, Any], *, resume: str, on_change: str) -> bool:
+    """Make the study or find it; returns whether it was there before.
+
+    terms      what must be the same when a sweep goes on: space, fixed overrides, objectives, directions, seeds
+    resume     auto: go on where there is something; must: there must be; never: there must not
+    on_change  refuse terms that differ from the study's, with the differences, or allow them
+    Raises ConfigError for what does not agree.
+    """
+    import optuna
+    from optuna.exceptions import DuplicatedStudyError
+
+    _expect(resume, RESUME, "resume")
+    _expect(on_change, ON_CHANGE, "on_change")
+    name, where = store.terms.name, store.terms.storage.described()
+    directions: Any = list(store.terms.directions)
+    if resume == "must" and name not in optuna.get_all_study_names(store.storage):
+        raise ConfigError(
+            f"hydra.sweeper.resume is must, but {where} holds no study {name!r}; give resume=auto to begin it"
+        )
+    try:
+        study = optuna.create_study(storage=store.storage, study_name=name, directions=directions)
+    except DuplicatedStudyError:
+        if resume == "never":
+            raise ConfigError(
+                f"hydra.sweeper.resume is never, but {where} holds a study {name!r}; choose another study_name"
+            ) from None
+        _compare(store, terms, on_change)
+        return True
+    if store.terms.objectives:
+        study.set_metric_names(list(store.terms.objectives))
+    study.set_user_attr(TERMS, dict(terms))
+    return False
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """What differs between two trees of plain values, one line for each place."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        lines = []
+        for key in [*old, *(key for key in new if key not in old)]:
+            here = f"{prefix}{key}"
+            if key not in new:
+                lines.append(f"{here} is gone (was {old[key]})")
+            elif key not in old:
+                lines.append(f"{here} is new: {new[key]}")
+            else:
+                lines += differences(old[key], new[key], f"{here}: ")
+        return lines
+    return [] if old == new else [f"{prefix.rstrip(': ')} was {old}, is {new}"]
+
+
+def claim_control(store: TrialStore, stale_s: float) -> None:
+    """Become the one controller of a sweep in batches. Raises ConfigError where another one lives.
+
+    One on another machine is waited for, until it gives a sign of life or has been silent for `stale_s`.
+    """
+    beats, first = Beats(stale_s), store.study().user_attrs.get(CONTROLLER) or {}
+    held = first
+    while held and _is_other(held) and not beats.is_stale(0, held):
+        if is_same_machine(held) or held["beat"] != first["beat"]:  # alive here, or a sign of life from elsewhere
+            raise ConfigError(
+                f"another command (process {held['pid']} on {str(held['host']).split()[0]}) controls the study "
+                f"{store.terms.name!r}; wait for it, or join it with hydra.sweeper.mode=workers in both commands"
+            )
+        time.sleep(1.0)
+        held = store.study().user_attrs.get(CONTROLLER) or {}
+    beat_control(store, 0)
+
+
+def beat_control(store: TrialStore, beat: int | None) -> None:
+    """A controller's sign of life; None: it is done."""
+    study_id = store.storage.get_study_id_from_name(store.terms.name)
+    held = {**this_process(), "beat": beat} if beat is not None else None
+    store.storage.set_study_user_attr(study_id, CONTROLLER, held)
+
+
+def _is_other(held: Mapping[str, Any]) -> bool:
+    return {key: held.get(key) for key in ("host", "pid", "start")} != this_process()
+
+
+def _compare(store: TrialStore, terms: Mapping[str, Any], on_change: str) -> None:
+    deadline = time.monotonic() + READY_S
+    while TERMS not in (attributes := store.study().user_attrs) and time.monotonic() < deadline:
+        time.sleep(0.2)  # its maker is about to write them
+    old = attributes.get(TERMS)
+    where = f"{store.terms.name!r} in {store.terms.storage.described()}"
+    if old is None:
+        raise ConfigError(f"the study {where} was not made by this sweeper; choose another study_name or storage")
+    lines = differences(old, _as_stored(terms))
+    if lines and on_change == "refuse":
+        raise ConfigError(
+            f"the study {where} is another search: {'; '.join(lines)}. Choose another study_name, or go on with "
+            "hydra.sweeper.on_change=allow: finished trials are kept, and must fit the new space"
+        )
+    found = [direction.name.lower() for direction in store.study().directions]
+    if found != list(store.terms.directions):
+        raise ConfigError(
+            f"the study {where} goes {found}, not {list(store.terms.directions)}: give another study_name"
+        )
+    if lines:
+        store.study().set_user_attr(TERMS, dict(terms))
+
+
+def _as_stored(terms: Mapping[str, Any]) -> Any:
+    """As the terms come back from a storage: tuples as lists, keys as text."""
+    return json.loads(json.dumps(terms))
+
+
+def _expect(given: str, valid: Sequence[str], key: str) -> None:
+    if given not in valid:
+        raise ConfigError(f"hydra.sweeper.{key} is {given!r}; expected one of {', '.join(valid)}")

@@ -1,0 +1,367 @@
+"""The trials of one sweep in Optuna's storage: taken, leased, told, and given back when their process died.
+
+A sweep of n trials begins as n waiting trials. To take one is a compare-and-swap in the storage, so that no number of
+processes on any number of machines runs a trial twice or one too many; values are drawn when it is taken. A trial that
+was interrupted waits again, with its number, its values and its folder.
+"""
+
+import functools
+import math
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from research.errors import ConfigError
+from research.sweeps.engines import StorageSpec, build_pruner, build_sampler
+from research.sweeps.owners import Beats, this_process
+from research.sweeps.search_space import Parameter, SearchSpace
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial, Trial
+
+TRACEBACK_LINES = 30
+
+
+@dataclass(frozen=True)
+class SweepTerms:
+    """What every process of a sweep must know; small, and pickled to workers.
+
+    objectives     names of the metrics that a task returns in a mapping; empty: it returns the values themselves
+    directions     minimize or maximize, one for each objective
+    constraints    name of a returned metric -> the greatest value with which a trial is feasible
+    lease_s        seconds between the signs of life of a running trial
+    stale_s        seconds without one after which a trial of another machine counts as interrupted
+    max_attempts   how often an interrupted trial is begun before it has failed
+    retries        how often a failed trial's point is tried again, as a trial of its own
+    """
+
+    storage: StorageSpec
+    name: str
+    directions: tuple[str, ...] = ("minimize",)
+    objectives: tuple[str, ...] = ()
+    constraints: Mapping[str, float] = field(default_factory=dict)
+    sampler: Mapping[str, Any] = field(default_factory=lambda: {"name": "random"})
+    pruner: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    lease_s: float = 10.0
+    stale_s: float = 60.0
+    max_attempts: int = 5
+    retries: int = 0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The trials of a sweep by what became of them. Failed ones that were retried, and copied ones, are left out."""
+
+    complete: int = 0
+    pruned: int = 0
+    failed: int = 0
+    running: int = 0
+    waiting: int = 0
+
+    @property
+    def finished(self) -> int:
+        """Trials that count towards the target."""
+        return self.complete + self.pruned + self.failed
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.finished + self.running + self.waiting
+
+
+class TrialStore:
+    """One process's view of a sweep's trials; opened at first use, so that it can be pickled."""
+
+    def __init__(self, terms: SweepTerms) -> None:
+        self.terms = terms
+        self._beats = Beats(terms.stale_s)
+        self._storage: Any = None
+        self._sampler: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"terms": self.terms}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__init__(state["terms"])  # type: ignore[misc]
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    @property
+    def storage(self) -> Any:
+        """Optuna's storage."""
+        if self._storage is None:
+            self._storage = self.terms.storage.open()
+        return self._storage
+
+    def study(self, sampler: Any = None) -> "optuna.Study":
+        """Optuna's study, read anew; with the sweep's pruner, and a sampler that draws nothing where none is given."""
+        import optuna
+
+        sampler = sampler or optuna.samplers.RandomSampler(seed=0)
+        pruner = build_pruner(self.terms.pruner)
+        return optuna.load_study(study_name=self.terms.name, storage=self.storage, sampler=sampler, pruner=pruner)
+
+    def trials(self) -> "list[FrozenTrial]":
+        """Every trial of the sweep itself, by number; those copied from another study are left out."""
+        return [trial for trial in self.study().get_trials(deepcopy=False) if "copied_from" not in trial.user_attrs]
+
+    def trial(self, number: int) -> "FrozenTrial":
+        """One trial."""
+        return self.study().get_trials(deepcopy=False)[number]
+
+    def counts(self) -> Counts:
+        """How many trials came how far."""
+        from optuna.trial import TrialState
+
+        names = {
+            TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed",
+            TrialState.RUNNING: "running", TrialState.WAITING: "waiting",
+        }  # fmt: skip
+        found = dict.fromkeys(names.values(), 0)
+        for trial in self.trials():
+            if "retried" not in trial.user_attrs:
+                found[names[trial.state]] += 1
+        return Counts(**found)
+
+    def best_trials(self) -> "list[FrozenTrial]":
+        """The best complete trial, or those of several objectives that none beats in all; feasible ones alone."""
+        import optuna
+        from optuna.trial import TrialState
+
+        done = [t for t in self.trials() if t.state is TrialState.COMPLETE and _is_feasible(t)]
+        signs = [-1.0 if direction == "maximize" else 1.0 for direction in self.terms.directions]
+        if len(signs) > 1:
+            directions: Any = list(self.terms.directions)
+            study = optuna.create_study(directions=directions)
+            study.add_trials(done)
+            numbers = {trial.number for trial in study.best_trials}
+            return [trial for position, trial in enumerate(done) if position in numbers]
+        return sorted(done, key=lambda trial: (signs[0] * trial.values[0], trial.number))[:1]
+
+    # -- making and taking --------------------------------------------------------------------------------------------
+
+    def add_tickets(self, points: Sequence[Mapping[str, Any] | None]) -> None:
+        """Add waiting trials: with the values of a point; None: the sampler draws them when the trial is taken."""
+        from optuna.trial import TrialState, create_trial
+
+        study = self.study()
+        for point in points:
+            if point is None:
+                study.add_trial(create_trial(state=TrialState.WAITING))
+            else:
+                study.enqueue_trial(dict(point))
+
+    def take(self, space: SearchSpace, seed: int | None) -> "Trial | None":
+        """The next waiting trial, now running and leased to this process, its values drawn; None where none waits.
+
+        seed   of this process's sampler, read at the first call
+        """
+        import optuna
+
+        if self._sampler is None:
+            self._sampler = self._partly_fixed(build_sampler(self.terms.sampler, seed))
+        trial_id = self._claim()
+        if trial_id is None:
+            return None
+        trial = optuna.trial.Trial(self.study(self._sampler), trial_id)
+        space.draw(functools.partial(_suggest, trial))
+        return trial
+
+    def _claim(self) -> int | None:
+        """Turn the first waiting trial into a running one of this process; its id."""
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        study_id = self.storage.get_study_id_from_name(self.terms.name)
+        with self.terms.storage.exclusively():
+            for waiting in self.storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.WAITING,)):
+                try:
+                    if self.storage.set_trial_state_values(waiting._trial_id, state=TrialState.RUNNING):
+                        self._write_lease(waiting._trial_id, 0)
+                        return int(waiting._trial_id)
+                except UpdateFinishedTrialError:
+                    continue
+        return None
+
+    def _partly_fixed(self, sampler: Any) -> Any:
+        import optuna
+
+        fixed = dict(self.terms.fixed)
+        return optuna.samplers.PartialFixedSampler(fixed, sampler) if fixed else sampler
+
+    # -- leases -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def leased(self, number: int) -> Iterator["Trial"]:
+        """Hold a running trial: its owner is this process, which gives signs of life from a thread meanwhile."""
+        import optuna
+
+        trial = self.trial(number)
+        held = optuna.trial.Trial(self.study(), trial._trial_id)
+        held.set_user_attr("attempts", int(trial.user_attrs.get("attempts", 0)) + 1)
+        self._write_lease(trial._trial_id, 0)
+        stop = threading.Event()
+
+        def beat() -> None:
+            storage = self.terms.storage.open() if self.terms.storage.name != "memory" else self.storage
+            count = 0
+            while not stop.wait(self.terms.lease_s):
+                count += 1
+                try:
+                    storage.set_trial_user_attr(trial._trial_id, "lease", {**this_process(), "beat": count})
+                except Exception:
+                    return  # told meanwhile, or the storage is gone: the next one to look will see a silent lease
+
+        thread = threading.Thread(target=beat, daemon=True, name=f"lease of trial {number}")
+        thread.start()
+        try:
+            yield held
+        finally:
+            stop.set()
+            thread.join()
+
+    def _write_lease(self, trial_id: int, beat: int) -> None:
+        self.storage.set_trial_user_attr(trial_id, "lease", {**this_process(), "beat": beat})
+
+    def give_back_stale(self, among: Sequence[int] | None = None) -> list[int]:
+        """Let trials wait again whose process died, and fail those begun too often; returns their numbers.
+
+        among  look at these alone
+        """
+        from optuna.trial import TrialState
+
+        found = []
+        for trial in self.trials():
+            if trial.state is not TrialState.RUNNING or (among is not None and trial.number not in among):
+                continue
+            if self._beats.is_stale(trial.number, trial.user_attrs.get("lease")):
+                found.append(trial.number)
+                self.interrupted(trial.number, "its process died")
+        return found
+
+    # -- telling ------------------------------------------------------------------------------------------------------
+
+    def interrupted(self, number: int, reason: str, *, counts: bool = True) -> None:
+        """A running trial waits again, or has failed where it was begun `max_attempts` times.
+
+        counts  False: a stop that was asked for, which is no fault of the trial
+        """
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        trial = self.trial(number)
+        attempts = int(trial.user_attrs.get("attempts", 0))
+        if trial.state is not TrialState.RUNNING:
+            return
+        if counts and attempts >= self.terms.max_attempts:
+            self.failed(number, f"begun {attempts} times and never ended; at last {reason}", "")
+            return
+        try:
+            if not counts:
+                self.storage.set_trial_user_attr(trial._trial_id, "attempts", max(0, attempts - 1))
+            self.storage.set_trial_user_attr(trial._trial_id, "interrupted", reason)
+            self.storage.set_trial_state_values(trial._trial_id, state=TrialState.WAITING)
+        except UpdateFinishedTrialError:
+            pass  # it ended after all
+
+    def complete(self, number: int, returned: Any) -> None:
+        """Tell the value of a trial that ran to its end; one that is no value fails it, with the reason."""
+        try:
+            values = self.values_of(returned)
+        except ConfigError as error:
+            self.failed(number, str(error), "")
+            return
+        trial_id = self.trial(number)._trial_id
+        if isinstance(returned, Mapping):
+            self._keep_metrics(trial_id, returned)
+        self.study().tell(number, values, skip_if_finished=True)
+
+    def pruned(self, number: int, reason: str) -> None:
+        """Tell that a trial was stopped early; its last report stays with it."""
+        from optuna.trial import TrialState
+
+        trial = self.trial(number)
+        if not trial.state.is_finished():
+            self.storage.set_trial_user_attr(trial._trial_id, "reason", reason or "pruned")
+        self.study().tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+
+    def failed(self, number: int, reason: str, trace: str) -> None:
+        """Tell that a trial failed, and try its point again where retries are left."""
+        from optuna.trial import TrialState
+
+        trial = self.trial(number)
+        if trial.state.is_finished():
+            return
+        again = int(trial.user_attrs.get("retry", 0)) < self.terms.retries
+        self.storage.set_trial_user_attr(trial._trial_id, "reason", reason)
+        self.storage.set_trial_user_attr(trial._trial_id, "traceback", "\n".join(trace.splitlines()[-TRACEBACK_LINES:]))
+        if again:
+            self.storage.set_trial_user_attr(trial._trial_id, "retried", True)
+        study = self.study()
+        study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+        if again:
+            count = int(trial.user_attrs.get("retry", 0)) + 1
+            study.enqueue_trial(trial.params, user_attrs={"retry_of": number, "retry": count})
+
+    def values_of(self, returned: Any) -> list[float]:
+        """The objectives' values in what a task returned. Raises ConfigError where there are others, or none."""
+        names, count = self.terms.objectives, len(self.terms.directions)
+        if names:
+            if not isinstance(returned, Mapping):
+                raise ConfigError(
+                    f"the task returned {_short(returned)}; the objectives {', '.join(names)} need a mapping"
+                )
+            absent = [name for name in names if returned.get(name) is None]
+            if absent:
+                known = ", ".join(sorted(str(key) for key in returned)) or "nothing"
+                raise ConfigError(f"the task returned no {', '.join(absent)}; it returned {known}")
+            returned = [returned[name] for name in names]
+        values = list(returned) if isinstance(returned, list | tuple) else [returned]
+        if len(values) != count:
+            raise ConfigError(f"the task returned {len(values)} values; the study has {count} objectives")
+        try:
+            numbers = [float(value) for value in values]
+        except (TypeError, ValueError):
+            raise ConfigError(f"the task returned {_short(returned)}; expected a number for each objective") from None
+        if not all(map(math.isfinite, numbers)):
+            raise ConfigError(f"the task returned {numbers}, which is not finite")
+        return numbers
+
+    def _keep_metrics(self, trial_id: int, returned: Mapping[str, Any]) -> None:
+        """Keep what a task returned beside its objectives, and how far each constraint is overstepped."""
+        import optuna
+
+        told = {str(key): float(value) for key, value in returned.items() if isinstance(value, int | float)}
+        self.storage.set_trial_user_attr(trial_id, "metrics", told)
+        trial = optuna.trial.Trial(self.study(), trial_id) if self.terms.constraints else None
+        for name, bound in self.terms.constraints.items():
+            if trial is not None:
+                trial.set_constraint(name, told.get(name, math.inf) - bound)
+
+
+def _suggest(trial: "Trial", parameter: Parameter) -> Any:
+    if parameter.choices:
+        return trial.suggest_categorical(parameter.name, [choice.stored for choice in parameter.choices])
+    if parameter.is_int:
+        step = int(parameter.step or 1)
+        return trial.suggest_int(parameter.name, int(parameter.low), int(parameter.high), step=step, log=parameter.log)
+    return trial.suggest_float(parameter.name, parameter.low, parameter.high, step=parameter.step, log=parameter.log)
+
+
+def _is_feasible(trial: "FrozenTrial") -> bool:
+    return all(overstepped <= 0 for overstepped in trial.constraints.values())
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def trace_of(error: BaseException) -> str:
+    """The traceback of an error as text."""
+    return "".join(traceback.format_exception(error))

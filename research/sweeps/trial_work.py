@@ -1,0 +1,267 @@
+"""The two tasks that a launcher is given: one trial of a batch, or a worker that takes trials until none is left."""
+
+import datetime as dt
+import functools
+import logging
+import os
+import signal
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from research.errors import ConfigError
+from research.loops.signals import handled
+from research.results.record import git_revision
+from research.sweeps.search_space import SearchSpace
+from research.sweeps.trial_context import TrialContext
+from research.sweeps.trial_runs import TrialRuns
+from research.sweeps.trial_store import TrialStore, trace_of
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SweepLimits:
+    """When a sweep ends before its last trial. None: no such limit.
+
+    timeout           seconds of this command
+    target            value of the one objective that is good enough
+    patience          finished trials in a row without a better value
+    max_failures      failed trials that are borne
+    max_failure_rate  share of the finished trials, of at least ten
+    """
+
+    timeout: float | None = None
+    target: float | None = None
+    patience: int | None = None
+    max_failures: int | None = None
+    max_failure_rate: float | None = None
+
+    def reason(self, store: TrialStore, started: float) -> str | None:
+        """Why no further trial is begun; None: go on. Raises ConfigError where too many have failed."""
+        from optuna.trial import TrialState
+
+        if self.timeout is not None and time.time() - started >= self.timeout:
+            return f"timeout of {self.timeout} s"
+        if not any((self.target, self.target == 0, self.patience, self.max_failures == 0, self.max_failures,
+                    self.max_failure_rate is not None)):  # fmt: skip
+            return None
+        trials = [trial for trial in store.trials() if trial.state.is_finished() and "retried" not in trial.user_attrs]
+        self._check_failures([trial for trial in trials if trial.state is TrialState.FAIL], len(trials), store)
+        values = [float(trial.values[0]) for trial in trials if trial.state is TrialState.COMPLETE]
+        sign = -1.0 if store.terms.directions[0] == "maximize" else 1.0
+        signed = [sign * value for value in values]
+        if self.target is not None and signed and min(signed) <= sign * self.target:
+            return f"the target {self.target} is reached"
+        if (
+            self.patience is not None
+            and len(signed) > self.patience
+            and min(signed[-self.patience :]) >= min(signed[: -self.patience])
+        ):
+            return f"{self.patience} trials in a row were no better"
+        return None
+
+    def _check_failures(self, failed: list[Any], finished: int, store: TrialStore) -> None:
+        count, rate = len(failed), len(failed) / max(1, finished)
+        too_many = self.max_failures is not None and count > self.max_failures
+        too_often = self.max_failure_rate is not None and finished >= 10 and rate > self.max_failure_rate
+        if too_many or too_often:
+            last = failed[-1]
+            limit = f"max_failures={self.max_failures}" if too_many else f"max_failure_rate={self.max_failure_rate}"
+            raise ConfigError(
+                f"{count} of {finished} trials failed ({limit}); trial {last.number} with "
+                f"{last.user_attrs.get('reason')} in {last.user_attrs.get('folder')}. Start again once that is mended: "
+                "what is finished stays"
+            )
+
+
+@dataclass
+class TrialWork:
+    """How a trial is worked on, from lease to telling; travels to workers.
+
+    fixed   overrides that every trial has
+    gpus    one of these for every worker: the values of CUDA_VISIBLE_DEVICES; empty: as it is
+    """
+
+    store: TrialStore
+    space: SearchSpace
+    runs: TrialRuns
+    sweep_dir: str
+    fixed: tuple[str, ...] = ()
+    gpus: tuple[str, ...] = ()
+
+    def prepare(self, trial: "Trial") -> list[str]:
+        """Write down what a taken trial is; returns its overrides."""
+        overrides = [*self.fixed, *self.space.overrides(trial.params)]
+        trial.set_user_attr("overrides", overrides)
+        trial.set_user_attr("folder", self.folder(trial.number))
+        return overrides
+
+    def folder(self, number: int) -> str:
+        """Where a trial's run lies."""
+        return str(Path(self.sweep_dir).absolute() / str(number))
+
+    def work_on(self, number: int, overrides: list[str], direct: Callable[[], Any] | None = None) -> Any:
+        """Run one taken trial and tell what came of it; its exception, if any, comes through once it is told."""
+        from optuna import TrialPruned
+
+        context = self._context(number, overrides)
+        started = time.perf_counter()
+        with self.store.leased(number) as trial, handled({signal.SIGTERM: _as_ctrl_c}):
+            trial.set_user_attr("folder", context.folder)
+            trial.set_user_attr("host", os.uname().nodename)
+            trial.set_user_attr("revision", _revision())
+            trial.set_user_attr("started_at", dt.datetime.now(dt.UTC).isoformat(timespec="seconds"))
+            try:
+                returned = self.runs.run(
+                    context,
+                    done=trial.user_attrs.get("seed_results", {}),
+                    note=lambda seed, result: self._note_seed(trial, seed, result),
+                    direct=direct,
+                )
+            except TrialPruned as stopped:
+                self._spent(trial, started)
+                self.store.pruned(number, str(stopped))
+                raise
+            except KeyboardInterrupt as stopped:
+                self._spent(trial, started)
+                self.store.interrupted(number, f"stopped: {stopped}".strip(": "), counts=False)
+                raise
+            except BaseException as error:
+                self._spent(trial, started)
+                told = "out of memory: " if _is_out_of_memory(error) else ""
+                self.store.failed(number, f"{told}{type(error).__name__}: {error}", trace_of(error))
+                raise
+            self._spent(trial, started)
+            self.store.complete(number, returned)
+        return returned
+
+    def _context(self, number: int, overrides: list[str]) -> TrialContext:
+        terms = self.store.terms
+        return TrialContext(
+            number=number,
+            study=terms.name,
+            storage={key: value for key, value in asdict(terms.storage).items()},
+            pruner=dict(terms.pruner),
+            objectives=terms.objectives,
+            overrides=tuple(overrides),
+            folder=self.folder(number),
+            prunes=terms.pruner["name"] != "none" and not self.runs.plan.seeds,
+            prune_on=self.runs.plan.prune_on,
+            prune_step=self.runs.plan.prune_step,
+        )
+
+    def _spent(self, trial: "Trial", started: float) -> None:
+        before = float(trial.user_attrs.get("seconds", 0.0))
+        trial.set_user_attr("seconds", before + time.perf_counter() - started)
+
+    def _note_seed(self, trial: "Trial", seed: str, result: Any) -> None:
+        """Keep a seed's result, report it to the pruner, and stop the trial where that says so."""
+        from optuna import TrialPruned
+
+        results = {**trial.user_attrs.get("seed_results", {}), seed: result}
+        trial.set_user_attr("seed_results", results)
+        values = [self.store.values_of(one) for one in results.values()]
+        spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in zip(*values, strict=True)]
+        trial.set_user_attr("seed_values", values)
+        trial.set_user_attr("standard_deviation", spread)
+        pruner = self.store.terms.pruner["name"]
+        if pruner == "none" or len(values[0]) > 1:
+            return
+        # Wilcoxon's test pairs trials by seed; the others compare what is known so far
+        reported = values[-1][0] if pruner == "wilcoxon" else statistics.fmean(value[0] for value in values)
+        trial.report(reported, step=len(values))
+        if len(values) < len(self.runs.plan.seeds) and trial.should_prune():
+            raise TrialPruned(f"pruned after {len(values)} of {len(self.runs.plan.seeds)} seeds")
+
+
+@dataclass
+class BatchTask:
+    """The task of a launcher in batch mode: the job's number is the trial's."""
+
+    work: TrialWork
+    task: Callable[[Any], Any]
+
+    def __call__(self, cfg: DictConfig) -> Any:
+        hydra = HydraConfig.get()
+        number = int(hydra.job.num)
+        pin_gpu(self.work.gpus, number)
+        return self.work.work_on(number, list(hydra.overrides.task), lambda: self.task(cfg))
+
+
+@dataclass
+class WorkerTask:
+    """The task of a launcher in worker mode: take, run, tell, until no trial waits or a limit is reached."""
+
+    work: TrialWork
+    limits: SweepLimits
+    started: float
+    seed: int | None = None
+    done: list[int] = field(default_factory=list)
+
+    def __call__(self, cfg: DictConfig) -> list[int]:
+        index = int(HydraConfig.get().job.num)
+        pin_gpu(self.work.gpus, index)
+        store, seed = self.work.store, worker_seed(self.seed, index, os.getpid())
+        while self.limits.reason(store, self.started) is None:
+            store.give_back_stale()
+            trial = store.take(self.work.space, seed)
+            if trial is None:
+                break
+            try:
+                self.work.work_on(trial.number, self.work.prepare(trial))
+            except Exception as error:  # told already; the next trial may be better
+                log.info("trial %s: %s", trial.number, error)
+            self.done.append(trial.number)
+        return self.done
+
+
+@functools.cache
+def _revision() -> str | None:
+    """The commit of the working folder's checkout, marked where files differ from it."""
+    found = git_revision(Path.cwd())
+    return f"{found['commit']}{'+' if found['dirty'] else ''}" if found["commit"] else None
+
+
+def pin_gpu(gpus: tuple[str, ...], index: int) -> None:
+    """Let this process, and what it starts, see one GPU: the one for the worker with this index."""
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
+
+
+def worker_seed(seed: int | None, *parts: int) -> int | None:
+    """A sampler seed of its own for every worker and every start: equal ones would draw equal points."""
+    import hashlib
+
+    if seed is None:
+        return None
+    return int.from_bytes(hashlib.sha256(repr((seed, *parts)).encode()).digest()[:4])
+
+
+def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def failed_jobs(returns: Any) -> Mapping[int, str]:
+    """Position of each launched job that failed -> its error, read without Hydra printing the overrides."""
+    from hydra.core.utils import JobStatus
+
+    return {
+        number: f"{type(done._return_value).__name__}: {done._return_value}"
+        for number, done in enumerate(returns)
+        if done.status is JobStatus.FAILED
+    }

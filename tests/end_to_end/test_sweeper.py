@@ -1,0 +1,337 @@
+"""The sweeper through its own command, in processes of their own: kills, states, workers, seeds, ranks, refusals."""
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+APP = Path(__file__).with_name("sweep_app") / "app.py"
+JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+Rows = list[dict[str, str]]
+
+
+class Sweep:
+    """One sweep of the test application in a folder."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.folder, self.arguments = folder / "sweep", arguments
+
+    def command(self, *more: str) -> list[str]:
+        return [
+            sys.executable, str(APP), "-m", "hydra/sweeper=optuna_study", f"hydra.sweep.dir={self.folder}",
+            *self.arguments, *more,
+        ]  # fmt: skip
+
+    def start(self, *more: str) -> "subprocess.Popen[str]":
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"}
+        return subprocess.Popen(
+            self.command(*more), cwd=self.folder.parent, env=environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, *more: str) -> str:
+        process = self.start(*more)
+        out, _ = process.communicate(timeout=240)
+        self.code = process.returncode
+        return out
+
+    def rows(self) -> Rows:
+        with (self.folder / "trials.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    def ran(self, number: int | str) -> int:
+        """How often the run of a trial came to its end."""
+        path = self.folder / str(number) / "ran.txt"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Callable[..., Sweep]:
+    return lambda *arguments: Sweep(tmp_path, *arguments)
+
+
+def kill_all(process: "subprocess.Popen[str]", number: int) -> None:
+    """The whole process group: controller, workers, and what they started."""
+    os.killpg(process.pid, number)
+    process.communicate(timeout=60)
+
+
+def children_of(process: "subprocess.Popen[str]") -> Iterator[int]:
+    """Process numbers of the launcher's workers."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+            command = path.with_name("cmdline").read_text()
+        except OSError:
+            continue
+        if int(fields[2]) == process.pid and "popen_loky" in command:
+            yield int(path.parent.name)
+
+
+def finished(sweep: Sweep) -> dict[int, str]:
+    """Number -> value of every trial that the storage knows to be complete, read as anybody would."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    from research.sweeps.engines import FlockOnFile
+
+    path = sweep.folder / "study.journal"
+    if not path.exists():
+        return {}
+    lock: Any = FlockOnFile(path.with_name("study.journal.lock"))
+    storage = JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+    studies = storage.get_all_studies()
+    if not studies:
+        return {}
+    return {t.number: str(t.value) for t in storage.get_all_trials(studies[0]._study_id) if t.state.name == "COMPLETE"}
+
+
+@pytest.mark.parametrize("mode", ["batch", "workers"])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_lose_no_finished_trial_and_count_none_twice(mode: str, kills: int, sweep: Callable[..., Sweep]) -> None:
+    """kill -9 of everything, or of one worker alone, at random moments; then the table against the folders."""
+    count, dice = 6 + 2 * kills, random.Random(kills)
+    search = sweep(
+        "x=interval(-5,5)", "kind=a,b", "sleep=0.4", f"hydra.sweeper.n_trials={count}", f"hydra.sweeper.mode={mode}",
+        "hydra.sweeper.max_attempts=30", *JOBLIB,
+    )  # fmt: skip
+    known: dict[int, str] = {}
+    for kill in range(kills):
+        process = search.start()
+        deadline, before = time.monotonic() + 60, len(known)
+        while time.monotonic() < deadline and process.poll() is None and len(finished(search)) <= before:
+            time.sleep(0.05)
+        time.sleep(dice.uniform(0.0, 0.5))
+        workers = list(children_of(process))
+        if kill % 2 and workers:  # a worker alone: the controller goes on by itself
+            os.kill(dice.choice(workers), signal.SIGKILL)
+            time.sleep(dice.uniform(0.3, 1.5))
+        kill_all(process, signal.SIGKILL)
+        after = finished(search)
+        assert {number: after[number] for number in known} == known, "what was finished stays as it was"
+        known = after
+    out = search.run()
+    rows = search.rows()
+    assert [int(row["number"]) for row in rows] == list(range(count)), out
+    assert {row["state"] for row in rows} == {"complete"}, out
+    assert all(rows[number]["value"] == value for number, value in known.items())
+    folders = {path.name for path in search.folder.iterdir() if path.name.isdigit()}
+    assert folders == {row["number"] for row in rows}, "every trial has its folder, and no folder is without its trial"
+    for row in rows:
+        began = (search.folder / row["number"] / "began.txt").read_text().splitlines()
+        assert 1 <= search.ran(row["number"]) <= len(began) <= int(row["attempts"])
+        x, kind = float(row["param:x"]), row["param:kind"]
+        assert float(row["value"]) == pytest.approx((x - 2) ** 2 + (kind == "b"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_leaves_no_trial_running(number: signal.Signals, sweep: Callable[..., Sweep]) -> None:
+    search = sweep("x=interval(-5,5)", "sleep=0.6", "hydra.sweeper.n_trials=4")
+    process = search.start()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (search.folder / "1" / "began.txt").exists():
+        time.sleep(0.02)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    states = [row["state"] for row in search.rows()]
+    assert states == ["complete", "waiting", "waiting", "waiting"]
+    search.run()
+    assert [row["state"] for row in search.rows()] == ["complete"] * 4
+    assert [row["attempts"] for row in search.rows()] == ["1"] * 4, "a stop that was asked for is no attempt"
+
+
+def test_the_same_command_goes_on_to_more_trials(sweep: Callable[..., Sweep]) -> None:
+    search = sweep("x=interval(-5,5)", "kind=a,b")
+    search.run("hydra.sweeper.n_trials=3")
+    before = search.rows()
+    stamps = {path: path.stat().st_mtime_ns for path in search.folder.glob("[0-9]*/ran.txt")}
+    search.run("hydra.sweeper.n_trials=3")
+    assert search.rows() == before, "nothing was left to do"
+    search.run("hydra.sweeper.n_trials=7")
+    after = search.rows()
+    assert after[:3] == before and len(after) == 7
+    assert len({row["param:x"] for row in after}) == 7, "the sampler does not begin again with the same points"
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, "no folder was touched again"
+    out = search.run("hydra.sweeper.n_trials=9", "x=interval(-5,6)")
+    assert "high was 5.0, is 6.0" in out and len(search.rows()) == 7
+    search.run("hydra.sweeper.n_trials=8", "x=interval(-5,6)", "hydra.sweeper.on_change=allow")
+    assert len(search.rows()) == 8
+
+
+def test_every_end_of_a_trial_is_told_with_its_reason(sweep: Callable[..., Sweep]) -> None:
+    search = sweep(
+        "fail=none,raise,infinite,arity", "hydra/sweeper/sampler=grid", "hydra.sweeper.max_failure_rate=null"
+    )
+    search.run()
+    rows = {row["param:fail"]: row for row in search.rows()}
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "none": "complete", "raise": "failed", "infinite": "failed", "arity": "failed",
+    }  # fmt: skip
+    assert rows["raise"]["reason"] == "RuntimeError: boom"
+    assert "not finite" in rows["infinite"]["reason"] and "2 values" in rows["arity"]["reason"]
+    assert rows["raise"]["folder"] == str(search.folder / rows["raise"]["number"])
+
+
+def test_too_many_failures_end_the_sweep(sweep: Callable[..., Sweep]) -> None:
+    search = sweep("x=interval(0,1)", "fail=raise", "hydra.sweeper.n_trials=9", "hydra.sweeper.max_failures=2")
+    out = search.run()
+    assert search.code != 0 and "3 of 3 trials failed (max_failures=2)" in out and "boom" in out
+    assert [row["state"] for row in search.rows()] == ["failed"] * 3 + ["waiting"] * 6
+
+
+def test_a_run_that_takes_its_worker_with_it_fails_in_the_end(sweep: Callable[..., Sweep]) -> None:
+    """A segmentation fault in a trial: begun again, then given up; the others are not lost."""
+    search = sweep(
+        "fail=none,die", "x=1,2", "hydra/sweeper/sampler=grid", "hydra.sweeper.max_attempts=2",
+        "hydra.sweeper.max_failure_rate=null", *JOBLIB,
+    )  # fmt: skip
+    out = search.run()
+    found = {(row["param:fail"], row["param:x"]): row["state"] for row in search.rows()}
+    assert found == {
+        ("none", "1"): "complete", ("none", "2"): "complete", ("die", "1"): "failed", ("die", "2"): "failed",
+    }, out  # fmt: skip
+    assert all("begun 2 times" in row["reason"] for row in search.rows() if row["state"] == "failed")
+
+
+def test_a_grid_is_tried_once_in_order(sweep: Callable[..., Sweep]) -> None:
+    search = sweep("kind=a,b,'c,d'", "x=range(1,3)", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=50")
+    search.run()
+    points = [(row["param:kind"], row["param:x"]) for row in search.rows()]
+    assert points == [("a", "1"), ("a", "2"), ("b", "1"), ("b", "2"), ("c,d", "1"), ("c,d", "2")]
+    search.run()
+    assert len(search.rows()) == 6, "an exhausted grid repeats nothing"
+
+
+def test_odd_values_reach_the_task_as_they_are(sweep: Callable[..., Sweep]) -> None:
+    search = sweep("hydra/sweeper/sampler=grid", "kind='c,d','e=f',null,[3,\"x y\"],{k: [1]},'null','it\\'s'")
+    search.run()
+    rows = search.rows()
+    assert [row["state"] for row in rows] == ["complete"] * 7
+    found = [yaml.safe_load((search.folder / row["number"] / ".hydra/config.yaml").read_text())["kind"] for row in rows]
+    assert found == ["c,d", "e=f", None, [3, "x y"], {"k": [1]}, "null", "it's"]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_trial_is_the_mean_over_its_seeds(alone: bool, sweep: Callable[..., Sweep]) -> None:
+    search = sweep(
+        "x=1,2", "hydra/sweeper/sampler=grid", "hydra.sweeper.seeds=[0,3,6]", f"hydra.sweeper.subprocess={alone}",
+    )  # fmt: skip
+    search.run()
+    first, second = search.rows()
+    assert float(first["value"]) == pytest.approx(1.03) and float(second["value"]) == pytest.approx(0.03)
+    assert float(first["value_sd"]) == pytest.approx(0.03)
+    assert first["seeds"] == "0 3 6"
+    assert sorted(path.name for path in (search.folder / "0").glob("seed_*")) == ["seed_0", "seed_3", "seed_6"]
+
+
+def test_every_rank_of_a_trial_has_the_trials_own_values(sweep: Callable[..., Sweep]) -> None:
+    """Two real processes under DDP; the sweeper itself refuses to begin in a further rank."""
+    search = sweep("x=interval(-5,5)", "ranks=2", "hydra.sweeper.n_trials=2", "hydra.sweeper.subprocess=true")
+    out = search.run()
+    rows = search.rows()
+    assert [row["state"] for row in rows] == ["complete"] * 2, out
+    for row in rows:
+        told = [(search.folder / row["number"] / f"rank_{rank}.txt").read_text().split()[0] for rank in (0, 1)]
+        assert told == [row["param:x"]] * 2
+    assert rows[0]["param:x"] != rows[1]["param:x"]
+
+
+def test_two_objectives_give_the_trials_that_none_beats(sweep: Callable[..., Sweep]) -> None:
+    search = sweep(
+        "x=range(0,5)", "mapping=true", "hydra/sweeper/sampler=grid",
+        "hydra.sweeper.objectives={val/loss: minimize, cost/seconds: minimize}",
+        "hydra.sweeper.constraints={cost/seconds: 6.5}",
+    )  # fmt: skip
+    out = search.run()
+    rows = search.rows()
+    assert [row["val/loss"] for row in rows] == ["4.0", "1.0", "0.0", "1.0", "4.0"], out
+    assert [row["feasible"] for row in rows] == ["True", "True", "False", "False", "False"]
+    found = yaml.safe_load((search.folder / "optimization_results.yaml").read_text())["solutions"]
+    assert [one["params"] for one in found] == [{"x": 0}, {"x": 1}]
+    assert (search.folder / "pareto.png").exists() and (search.folder / "pareto_1.yaml").exists()
+
+
+def test_limits_end_a_sweep_early(sweep: Callable[..., Sweep]) -> None:
+    search = sweep("x=range(0,9)", "hydra/sweeper/sampler=grid")
+    search.run("hydra.sweeper.target=1")
+    assert [row["state"] for row in search.rows()][:3] == ["complete", "complete", "waiting"]
+    search.run("hydra.sweeper.patience=2")
+    assert [row["state"] for row in search.rows()].count("complete") == 5, "2 is best, 3 and 4 are no better"
+    search.run("hydra.sweeper.timeout=0.001")
+    assert [row["state"] for row in search.rows()].count("complete") == 5
+
+
+def test_points_by_hand_come_first_and_known_trials_are_copied(sweep: Callable[..., Sweep], tmp_path: Path) -> None:
+    first = sweep("x=interval(-5,5)", "kind=a,b", "hydra.sweeper.n_trials=3")
+    first.run("hydra.sweeper.enqueue=[{x: 1.25, kind: b}]")
+    assert (first.rows()[0]["param:x"], first.rows()[0]["param:kind"]) == ("1.25", "b")
+    copied = f"{{storage: {{name: journal, path: '{first.folder}/study.journal'}}, study_name: sweep}}"
+    second = Sweep(tmp_path / "second", "x=interval(-5,5)", "kind=a,b", "hydra.sweeper.n_trials=2")
+    second.folder.parent.mkdir()
+    out = second.run(f"hydra.sweeper.copy_from={copied}")
+    assert [row["number"] for row in second.rows()] == ["3", "4"], out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["x=3"], "nothing is searched"),
+        (["x=interval(3,1)"], "below the second"),
+        (["x=tag(log,interval(0,1))"], "log scale"),
+        (["hydra.sweeper.params={x: 'choice(5)'}"], "one value"),
+        (["hydra.sweeper.params={y: 'choice(1,2)'}"], "y"),
+        (["hydra.sweeper.params={nested.valu: 'choice(1,2)'}"], "nearest valid: nested.value"),
+        (["x=1", "hydra.sweeper.params={x: 'choice(1,2)'}"], "fixes what is searched"),
+        (["x=interval(0,1)", "hydra/sweeper/sampler=grid"], "no end of values"),
+        (["x=1,2", "hydra.sweeper.objectives={test/loss: minimize}"], "test split"),
+        (["x=1,2", "hydra/sweeper/pruner=median", "hydra.sweeper.direction=[minimize,maximize]"], "one value"),
+        (["x=1,2", "hydra/sweeper/pruner=wilcoxon"], "seed by seed"),
+        (["x=1,2", "hydra.sweeper.direction=minimise"], "nearest valid: minimize"),
+        (["x=1,2", "hydra/sweeper/storage=rdb", "hydra.sweeper.storage.url='sqlite:////no/s.db'"], "cannot be used"),
+        (["x=1,2", "hydra.sweeper.n_trials=0"], "at least 1"),
+        (["x=1,2", "hydra.sweeper.mode=worker"], "batch, workers"),
+        (["x=1,2", "hydra.sweeper.prune_on=test/errors"], "validation"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_a_trial_is_made(
+    arguments: list[str], told: str, sweep: Callable[..., Sweep]
+) -> None:
+    search = sweep(*arguments)
+    out = search.run()
+    assert search.code != 0 and told in " ".join(out.split()), out
+    assert not (search.folder / "0").exists()
+
+
+def test_a_further_rank_does_not_sweep(sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    search = sweep("x=1,2")
+    assert "further rank" in search.run() and search.code != 0
+
+
+def test_a_second_controller_is_refused_and_workers_join(sweep: Callable[..., Sweep]) -> None:
+    search = sweep("x=interval(-5,5)", "sleep=0.5", "hydra.sweeper.n_trials=8")
+    first = search.start()
+    while not (search.folder / "0" / "began.txt").exists():
+        time.sleep(0.02)
+    out = search.run()
+    assert "another command" in out and search.code != 0
+    first.communicate(timeout=120)
+    assert [row["state"] for row in search.rows()] == ["complete"] * 8
+    more = ("hydra.sweeper.n_trials=14", "hydra.sweeper.mode=workers")
+    two = [search.start(*more), search.start(*more)]
+    for one in two:
+        one.communicate(timeout=120)
+    search.run(*more)
+    rows = search.rows()
+    assert [row["state"] for row in rows].count("complete") == len(rows) and len(rows) in (14, 15, 16)
+    assert all(search.ran(row["number"]) == 1 for row in rows)

@@ -1,0 +1,374 @@
+"""A sweep's trials in a storage: taken once, leased, told once, given back when their process died."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from research.errors import ConfigError
+from research.sweeps.engines import FlockOnFile, StorageSpec, build_pruner, build_sampler, storage_spec
+from research.sweeps.owners import Beats, is_alive, this_process
+from research.sweeps.search_space import SearchSpace, parse_space
+from research.sweeps.sweep_study import claim_control, differences, open_study
+from research.sweeps.trial_store import SweepTerms, TrialStore
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+TPE = {"name": "tpe", "n_startup_trials": 10, "n_ei_candidates": 24, "multivariate": True, "constant_liar": True}
+
+
+def spec_of(kind: str, folder: Path) -> StorageSpec:
+    if kind == "rdb":
+        return StorageSpec("rdb", url=f"sqlite:///{folder}/sweep.db")
+    if kind == "memory":
+        return StorageSpec("memory", path=f"memory of process {os.getpid()}")
+    return StorageSpec("journal", path=str(folder / "study.journal"))
+
+
+def store_of(spec: StorageSpec, name: str = "sweep", **terms: Any) -> TrialStore:
+    store = TrialStore(SweepTerms(storage=spec, name=name, **terms))
+    open_study(store, {"space": {}}, resume="auto", on_change="refuse")
+    return store
+
+
+def space_of(**params: Any) -> SearchSpace:
+    return parse_space(params or {"x": "interval(-5,5)", "kind": ["a", "b"]}, [])[0]
+
+
+@pytest.fixture(params=["journal", "rdb", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> TrialStore:
+    name = f"sweep of {request.node.name}"
+    return store_of(spec_of(request.param, tmp_path), name, max_attempts=2)
+
+
+def test_trials_wait_are_taken_and_told(store: TrialStore) -> None:
+    store.add_tickets([None, {"x": 1.5, "kind": "b"}, None])
+    assert store.counts().waiting == 3
+    space = space_of()
+    first, second, third = (store.take(space, 0) for _ in range(3))
+    assert store.take(space, 0) is None
+    assert [trial.number for trial in (first, second, third) if trial] == [0, 1, 2]
+    assert second is not None and second.params == {"x": 1.5, "kind": "b"}
+    store.complete(0, 4.0)
+    store.pruned(1, "too slow")
+    store.failed(2, "ValueError: no", "line 1\nline 2")
+    counts = store.counts()
+    assert (counts.complete, counts.pruned, counts.failed, counts.finished, counts.running) == (1, 1, 1, 3, 0)
+    assert store.trial(2).user_attrs["reason"] == "ValueError: no"
+    assert [trial.number for trial in store.best_trials()] == [0]
+
+
+def test_an_interrupted_trial_keeps_its_number_and_values(store: TrialStore) -> None:
+    store.add_tickets([None])
+    taken = store.take(space_of(), 0)
+    assert taken is not None
+    with store.leased(0):
+        pass
+    store.interrupted(0, "killed")
+    assert store.trial(0).state is TrialState.WAITING
+    again = store.take(space_of(), 99)
+    assert again is not None and (again.number, again.params) == (0, taken.params)
+    with store.leased(0):
+        pass
+    store.interrupted(0, "killed again")
+    assert store.trial(0).state is TrialState.FAIL, "it was begun max_attempts=2 times"
+    assert "begun 2 times" in store.trial(0).user_attrs["reason"]
+
+
+def test_a_stop_that_was_asked_for_counts_as_no_attempt(store: TrialStore) -> None:
+    store.add_tickets([None])
+    for _ in range(4):
+        assert store.take(space_of(), 0) is not None
+        with store.leased(0):
+            pass
+        store.interrupted(0, "Ctrl-C", counts=False)
+    assert store.trial(0).state is TrialState.WAITING
+
+
+def test_what_is_told_twice_counts_once(store: TrialStore) -> None:
+    store.add_tickets([None])
+    store.take(space_of(), 0)
+    store.complete(0, 1.0)
+    store.complete(0, 2.0)
+    store.failed(0, "late", "")
+    store.pruned(0, "late")
+    store.interrupted(0, "late")
+    assert store.trial(0).state is TrialState.COMPLETE and store.trial(0).values == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [
+        (float("nan"), "not finite"),
+        (float("inf"), "not finite"),
+        (None, "expected a number"),
+        ("good", "expected a number"),
+        ([1.0, 2.0], "2 values"),
+        ({"loss": 1.0}, "expected a number"),
+    ],
+)
+def test_a_value_that_is_none_fails_the_trial_with_the_reason(returned: Any, told: str, tmp_path: Path) -> None:
+    store = store_of(spec_of("journal", tmp_path))
+    store.add_tickets([None])
+    store.take(space_of(), 0)
+    store.complete(0, returned)
+    assert store.trial(0).state is TrialState.FAIL
+    assert told in store.trial(0).user_attrs["reason"]
+
+
+def test_objectives_are_picked_by_name_and_constraints_are_kept(tmp_path: Path) -> None:
+    terms: dict[str, Any] = {
+        "objectives": ("val/errors", "cost/flops"), "directions": ("minimize", "minimize"),
+        "constraints": {"cost/seconds": 10.0},
+    }  # fmt: skip
+    store = store_of(spec_of("journal", tmp_path), **terms)
+    store.add_tickets([None] * 5)
+    results = [(5, 1, 3), (3, 2, 3), (4, 3, 3), (1, 1, 11)]
+    for errors, flops, seconds in results:
+        trial = store.take(space_of(), 0)
+        assert trial is not None
+        store.complete(trial.number, {"val/errors": errors, "cost/flops": flops, "cost/seconds": seconds, "note": "x"})
+    assert [trial.number for trial in store.best_trials()] == [0, 1], "2 is beaten by 1, 3 took too long"
+    assert store.trial(3).constraints == {"cost/seconds": 1.0}
+    store.take(space_of(), 0)
+    store.complete(4, {"val/errors": 1})
+    assert "no cost/flops" in store.trial(4).user_attrs["reason"]
+
+
+def test_a_failed_point_is_tried_again_as_often_as_allowed(tmp_path: Path) -> None:
+    store = store_of(spec_of("journal", tmp_path), retries=2)
+    store.add_tickets([None])
+    points = []
+    while (trial := store.take(space_of(), 0)) is not None:
+        points.append(trial.params)
+        store.failed(trial.number, "boom", "")
+    assert len(points) == 3 and points[0] == points[1] == points[2]
+    assert store.counts().finished == 1, "the retried ones count once"
+    assert store.trial(2).user_attrs["retry_of"] == 1
+
+
+def _take_all(spec: StorageSpec, found: Any) -> None:
+    store = TrialStore(SweepTerms(storage=spec, name="sweep"))
+    while (trial := store.take(space_of(), os.getpid())) is not None:
+        found.put(trial.number)
+        store.complete(trial.number, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["journal", "rdb"])
+def test_no_trial_is_taken_twice_by_processes_at_once(kind: str, tmp_path: Path) -> None:
+    store = store_of(spec_of(kind, tmp_path))
+    store.add_tickets([None] * 40)
+    context = multiprocessing.get_context("fork")
+    found: Any = context.Queue()
+    workers = [context.Process(target=_take_all, args=(store.terms.storage, found)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    numbers = sorted(found.get(timeout=60) for _ in range(40))
+    for worker in workers:
+        worker.join(60)
+    assert numbers == list(range(40)) and found.empty()
+    assert store.counts().complete == 40
+
+
+@pytest.mark.parametrize("sampler", [TPE, {"name": "random"}, {"name": "cmaes", "with_margin": True}, {"name": "qmc"}])
+def test_a_sweep_draws_what_optuna_draws(sampler: dict[str, Any], tmp_path: Path) -> None:
+    """200 trials of a cheap function: the same sampler with the same seed has the same trials and the same best."""
+    number_of_trials = 200 if sampler["name"] == "tpe" else 60
+
+    def cost(x: float, kind: str) -> float:
+        return (x - 2) ** 2 + (kind == "b")
+
+    direct = optuna.create_study(sampler=build_sampler(sampler, 7))
+    direct.optimize(
+        lambda trial: cost(trial.suggest_float("x", -5, 5), trial.suggest_categorical("kind", ["a", "b"])),
+        n_trials=number_of_trials,
+    )
+    store = store_of(spec_of("memory", tmp_path), f"like {sampler['name']}", sampler=sampler)
+    store.add_tickets([None] * number_of_trials)
+    while (trial := store.take(space_of(), 7)) is not None:
+        store.complete(trial.number, cost(**trial.params))
+    assert [trial.params for trial in store.trials()] == [trial.params for trial in direct.trials]
+    assert store.best_trials()[0].number == direct.best_trial.number
+
+
+def test_a_lease_whose_process_was_killed_is_stale_at_once(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    owner = {**this_process(), "pid": child.pid}
+    owner["start"] = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    beats = Beats(stale_s=60.0)
+    assert is_alive(owner) and not beats.is_stale(0, owner)
+    child.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while not beats.is_stale(0, owner) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert beats.is_stale(0, owner), "a zombie is dead too"
+    child.wait()
+    assert not is_alive({**this_process(), "start": "another"}), "its number was given to another process"
+
+
+def test_a_lease_of_another_machine_is_stale_when_it_is_silent() -> None:
+    beats = Beats(stale_s=0.05)
+    lease = {"host": "elsewhere", "pid": os.getpid(), "start": "1", "beat": 3}
+    assert not beats.is_stale(0, lease)
+    time.sleep(0.06)
+    assert not beats.is_stale(0, {**lease, "beat": 4}), "it gave a sign of life"
+    time.sleep(0.06)
+    assert beats.is_stale(0, {**lease, "beat": 4})
+
+
+def test_a_running_trial_shows_signs_of_life(tmp_path: Path) -> None:
+    store = store_of(spec_of("journal", tmp_path), lease_s=0.02)
+    store.add_tickets([None])
+    store.take(space_of(), 0)
+    with store.leased(0):
+        deadline = time.monotonic() + 10
+        while store.trial(0).user_attrs["lease"]["beat"] < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert store.trial(0).user_attrs["lease"]["beat"] >= 2
+        assert store.give_back_stale() == []
+
+
+def test_a_study_is_found_again_and_another_search_is_refused(tmp_path: Path) -> None:
+    store = TrialStore(SweepTerms(storage=spec_of("journal", tmp_path), name="sweep"))
+    terms = {"space": {"x": {"low": 0, "high": 1}}, "fixed": ["a=1"], "seeds": (0, 1)}
+    assert open_study(store, terms, resume="auto", on_change="refuse") is False
+    assert open_study(store, terms, resume="must", on_change="refuse") is True
+    changed = {**terms, "space": {"x": {"low": 0, "high": 2}, "y": 3}}
+    with pytest.raises(ConfigError, match=r"space: x: high was 1, is 2; space: y is new: 3"):
+        open_study(store, changed, resume="auto", on_change="refuse")
+    assert open_study(store, changed, resume="auto", on_change="allow") is True
+    assert open_study(store, changed, resume="auto", on_change="refuse") is True, "what was allowed is remembered"
+    with pytest.raises(ConfigError, match="resume is never"):
+        open_study(store, changed, resume="never", on_change="refuse")
+    other = TrialStore(SweepTerms(storage=store.terms.storage, name="other"))
+    with pytest.raises(ConfigError, match="resume is must"):
+        open_study(other, terms, resume="must", on_change="refuse")
+
+
+def test_another_direction_or_a_foreign_study_is_refused(tmp_path: Path) -> None:
+    spec = spec_of("journal", tmp_path)
+    store_of(spec)
+    turned = TrialStore(SweepTerms(storage=spec, name="sweep", directions=("maximize",)))
+    with pytest.raises(ConfigError, match="minimize"):
+        open_study(turned, {"space": {}}, resume="auto", on_change="refuse")
+    optuna.create_study(storage=spec.open(), study_name="foreign")
+    foreign = TrialStore(SweepTerms(storage=spec, name="foreign"))
+    from research.sweeps import sweep_study
+
+    sweep_study.READY_S, before = 0.0, sweep_study.READY_S
+    try:
+        with pytest.raises(ConfigError, match="not made by this sweeper"):
+            open_study(foreign, {"space": {}}, resume="auto", on_change="refuse")
+    finally:
+        sweep_study.READY_S = before
+
+
+def test_differences_name_what_is_gone_new_and_changed() -> None:
+    assert differences({"a": 1, "b": {"c": 2}}, {"b": {"c": 3}, "d": 4}) == [
+        "a is gone (was 1)", "b: c was 2, is 3", "d is new: 4",
+    ]  # fmt: skip
+
+
+def test_one_controller_at_a_time(tmp_path: Path) -> None:
+    store = store_of(spec_of("journal", tmp_path))
+    claim_control(store, 60.0)
+    claim_control(store, 60.0)  # its own
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    held = {**this_process(), "pid": child.pid, "beat": 0}
+    held["start"] = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    study_id = store.storage.get_study_id_from_name("sweep")
+    store.storage.set_study_user_attr(study_id, "controller", held)
+    with pytest.raises(ConfigError, match="another command"):
+        claim_control(store, 60.0)
+    child.kill()
+    child.wait()
+    claim_control(store, 60.0)
+    silent = {"host": "elsewhere", "pid": 1, "start": "1", "beat": 0}
+    store.storage.set_study_user_attr(study_id, "controller", silent)
+    claim_control(store, 0.01)
+
+
+def test_a_journal_torn_by_a_loss_of_power_is_mended(tmp_path: Path) -> None:
+    store = store_of(spec_of("journal", tmp_path))
+    store.add_tickets([None, None])
+    path = Path(str(store.terms.storage.path))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"op_code": 4, "worker')
+    again = TrialStore(store.terms)
+    assert again.counts().waiting == 2
+    again.add_tickets([None])
+    assert TrialStore(store.terms).counts().waiting == 3
+    FlockOnFile(path.with_name("study.journal.lock")).mend(path)
+    assert path.read_bytes().startswith(whole)
+
+
+def test_a_store_travels_without_its_connection(tmp_path: Path) -> None:
+    store = store_of(spec_of("journal", tmp_path))
+    store.add_tickets([None])
+    assert pickle.loads(pickle.dumps(store)).counts().waiting == 1
+
+
+def test_memory_of_another_process_is_refused() -> None:
+    with pytest.raises(ConfigError, match="choose journal"):
+        StorageSpec("memory", path="memory of process 1").open()
+
+
+@pytest.mark.parametrize(
+    ("node", "told"),
+    [
+        ({"name": "jornal"}, "nearest valid: journal"),
+        ({"name": "journal", "url": "x"}, "no key of storage journal"),
+        ({"name": "rdb"}, "needs hydra.sweeper.storage.url"),
+        ({"name": "rdb", "url": "postgresql://me:word@host/db"}, "holds a password"),
+    ],
+)
+def test_a_storage_that_cannot_be_is_refused(node: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=told):
+        storage_spec(node, tmp_path)
+
+
+def test_what_cannot_be_reached_is_told_without_the_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWEEP_WORD", "hunter2")
+    spec = storage_spec({"name": "rdb", "url": "postgresql+psycopg://me:$SWEEP_WORD@127.0.0.1:1/db"}, tmp_path)
+    with pytest.raises(ConfigError) as error:
+        spec.open()
+    assert "cannot be used" in str(error.value) and "hunter2" not in str(error.value)
+    with pytest.raises(ConfigError, match="no gRPC proxy"):
+        StorageSpec("grpc", port=1).open()
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        StorageSpec("journal", path=str(blocked / "study.journal")).open()
+
+
+def test_unknown_settings_name_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="nearest valid: n_startup_trials"):
+        build_sampler({"name": "tpe", "n_startup_trial": 3}, 0)
+    with pytest.raises(ConfigError, match="nearest valid: n_warmup_steps"):
+        build_pruner({"name": "median", "n_warmup_step": 3})
+    with pytest.raises(ConfigError, match="refuses its settings"):
+        build_pruner({"name": "percentile", "percentile": 300.0})
+
+
+def test_every_sampler_and_pruner_of_the_config_is_built() -> None:
+    from dataclasses import asdict
+
+    from hydra_plugins.optuna_study_sweeper.config import PRUNERS, SAMPLERS
+
+    for kind in SAMPLERS:
+        assert isinstance(build_sampler(asdict(kind()), 0), optuna.samplers.BaseSampler)
+    for pruner in PRUNERS:
+        settings = asdict(pruner())
+        if settings["name"] == "threshold":
+            settings["upper"] = 3.0
+        if settings["name"] == "patient":
+            settings["wrapped"] = {"name": "median"}
+        assert isinstance(build_pruner(settings), optuna.pruners.BasePruner)
