@@ -6,7 +6,10 @@ Imports Optuna when something is built, and nothing of it before: every command 
 import fcntl
 import inspect
 import os
+import random
+import re
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,6 +48,7 @@ PRUNERS = {
 }
 STORAGES = ("journal", "rdb", "grpc", "memory")
 SINGLE_OBJECTIVE = {"gp": False, "cmaes": True}
+MAKING_TABLES = 10  # attempts of a command that meets others at the making of a database's tables
 _IN_MEMORY: dict[str, Any] = {}
 
 
@@ -115,15 +119,21 @@ class StorageSpec:
         from optuna.storages import RDBStorage, get_storage
 
         url = os.path.expandvars(self.url or "")
-        try:
-            return get_storage(RDBStorage(url, engine_kwargs=dict(self.engine) or None))
-        except Exception as error:
-            told = " ".join(str(error).splitlines()[0].split()) if str(error) else type(error).__name__
-            raise ConfigError(
-                f"the storage {self.described()} cannot be used: {told}. A database needs its driver "
-                "(PostgreSQL: pip install 'psycopg[binary]'), a URL such as postgresql+psycopg://user@host/name, and "
-                "its password in PGPASSWORD or ~/.pgpass"
-            ) from None
+        left = MAKING_TABLES
+        while True:
+            try:
+                return get_storage(RDBStorage(url, engine_kwargs=dict(self.engine) or None))
+            except Exception as error:
+                left -= 1
+                if left and re.search("already exists|duplicate key", str(error)):
+                    time.sleep(random.uniform(0.1, 0.5))  # others are making the same tables at this moment
+                    continue
+                told = " ".join(str(error).splitlines()[0].split()) if str(error) else type(error).__name__
+                raise ConfigError(
+                    f"the storage {self.described()} cannot be used: {told}. A database needs its driver "
+                    "(PostgreSQL: pip install 'psycopg[binary]'), a URL such as postgresql+psycopg://user@host/name, "
+                    "and its password in PGPASSWORD or ~/.pgpass"
+                ) from None
 
     def _grpc(self) -> "BaseStorage":
         from optuna.storages import GrpcStorageProxy

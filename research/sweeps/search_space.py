@@ -283,9 +283,9 @@ def _ranged(key: str, sweep: RangeSweep) -> Parameter:
         raise ConfigError(
             f"{key}=range({sweep.start},{sweep.stop},{sweep.step}) holds {len(values)} values; search two"
         )
-    low, high = min(values), max(values)
-    is_int = all(isinstance(value, int) for value in values)
-    step = abs(sweep.step)
+    is_int = all(isinstance(value, int) for value in (sweep.start, sweep.stop, sweep.step))
+    kind = int if is_int else float
+    low, high, step = kind(min(values)), kind(max(values)), kind(abs(sweep.step))
     return Parameter(key.lstrip("+"), key, low=low, high=high, step=step, log=_is_log(key, sweep, low), is_int=is_int)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import configure_log
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,7 +23,7 @@ from research.sweeps.sweep_report import build_sweep_report, save_terms
 from research.sweeps.trial_context import application_program
 from research.sweeps.trial_runs import RunPlan, TrialRuns, own_program, refuse_in_a_rank
 from research.sweeps.trial_store import SweepTerms, TrialStore
-from research.sweeps.trial_work import SweepLimits, TrialWork
+from research.sweeps.trial_work import SweepLimits, TrialWork, key_of
 
 log = logging.getLogger(__name__)
 DIRECTIONS = ("minimize", "maximize")
@@ -49,7 +49,7 @@ def sweep(
     space, fixed = parse_space(
         options["params"], arguments, zipped=options["zipped"], conditional=options["conditional"], config_loader=loader
     )
-    if not space.parameters:
+    if not space.parameters and (options["sampler"] or {}).get("name") != "grid":  # a grid of nothing is one point
         raise ConfigError("nothing is searched; give a key several values, such as lr='interval(0.001,0.1)' or x=1,2")
     terms = _terms(options, space, sweep_dir, config)
     _check_composes(space, fixed, loader, config)
@@ -60,6 +60,7 @@ def sweep(
         runs=TrialRuns(task, hydra_context, _run_plan(options, config)),
         sweep_dir=str(sweep_dir),
         fixed=tuple(fixed),
+        order=tuple(key_of(argument) for argument in arguments),
         gpus=_gpus(options["gpus"], plan.n_jobs),
     )
     _make_folder(sweep_dir, config)
@@ -204,7 +205,7 @@ def _check_composes(space: SearchSpace, fixed: Sequence[str], loader: Any, confi
             loader.load_configuration(config_name=name, overrides=overrides, run_mode=RunMode.RUN)
         except HydraException as error:
             told = " ".join(f"{error} {error.__cause__ or ''}".split())
-            raise ConfigError(
+            raise ConfigCompositionException(
                 f"a trial does not compose ({', '.join(space.overrides(point))}): {told}{_near(told, config)}"
             ) from None
 

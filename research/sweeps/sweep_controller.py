@@ -13,11 +13,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from research.errors import ConfigError
 from research.sweeps.grammar import quoted
-from research.sweeps.sweep_study import beat_control, claim_control, open_study
+from research.sweeps.sweep_study import await_tickets, beat_control, claim_control, open_study, tell_tickets
 from research.sweeps.trial_store import TrialStore
 from research.sweeps.trial_work import BatchTask, SweepLimits, TrialWork, WorkerTask, failed_jobs, worker_seed
 
@@ -89,7 +89,8 @@ class SweepController:
             target = self._target()
             if not goes_on:
                 self._copy_trials()
-            self._top_up(target)
+            self._top_up(target, goes_on)
+            tell_tickets(self.store)
             with watch(self.store, target):
                 returns = self._batches() if self.plan.mode == "batch" else self._workers()
         return returns
@@ -110,8 +111,13 @@ class SweepController:
             log.info("the search has %s points: the target of %s trials is cut to it", size, self.plan.n_trials)
         return self.plan.n_trials if size is None else min(size, self.plan.n_trials)
 
-    def _top_up(self, target: int) -> None:
-        """Add the trials that the target lacks: points given by hand first, a grid's in its order."""
+    def _top_up(self, target: int, goes_on: bool) -> None:
+        """Add the trials that the target lacks: points given by hand first, a grid's in its order.
+
+        Whoever finds a study that has just been made waits for the trials of its maker.
+        """
+        if goes_on:
+            await_tickets(self.store)
         missing = target - self.store.counts().total
         if missing <= 0:
             return
@@ -124,7 +130,7 @@ class SweepController:
             points += [point for point in self.space.points() if _key(point) not in known]
         else:
             points += [None] * (missing - len(points))
-        self.store.add_tickets(points[:missing])
+        self.store.add_tickets(points[:missing], target)
 
     def _copy_trials(self) -> None:
         """Add the finished trials of another study; they are known to the sampler and count nowhere."""
@@ -311,9 +317,10 @@ class SweepController:
 def quiet_launches(config: DictConfig) -> DictConfig:
     """A sweep's config whose launcher does not print a line for every job: the sweep has a display of its own."""
     config = copy.deepcopy(config)
-    with open_dict(config):
-        if OmegaConf.select(config, "hydra.hydra_logging.root") is not None:
-            config.hydra.hydra_logging.root.level = "WARNING"
+    if OmegaConf.select(config, "hydra.hydra_logging.root") is not None:
+        root = config.hydra.hydra_logging.root
+        with read_write(root), open_dict(root):  # Hydra 1.4 hands out what may not be written to
+            root.level = "WARNING"
     return config
 
 

@@ -9,7 +9,7 @@ from research.errors import ConfigError
 from research.sweeps.owners import Beats, is_same_machine, this_process
 from research.sweeps.trial_store import TrialStore
 
-TERMS, CONTROLLER = "sweep", "controller"
+TERMS, CONTROLLER, TICKETS = "sweep", "controller", "tickets"
 RESUME = ("auto", "must", "never")
 ON_CHANGE = ("refuse", "allow")
 READY_S = 30.0
@@ -47,6 +47,18 @@ def open_study(store: TrialStore, terms: Mapping[str, Any], *, resume: str, on_c
         study.set_metric_names(list(store.terms.objectives))
     study.set_user_attr(TERMS, dict(terms))
     return False
+
+
+def await_tickets(store: TrialStore) -> None:
+    """Wait until a study's maker has added its trials, or for as long as it would take if it lived."""
+    deadline = time.monotonic() + READY_S
+    while TICKETS not in store.study().user_attrs and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def tell_tickets(store: TrialStore) -> None:
+    """Tell that the trials of a study are there."""
+    store.study().set_user_attr(TICKETS, True)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, run_job
 from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, RunMode, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from research.errors import ConfigError
 from research.sweeps.grammar import quoted
@@ -99,7 +99,7 @@ class TrialRuns:
             overrides=[*context.overrides, *self.plan.quiet, f"hydra.run.dir={quoted(context.folder)}"],
             run_mode=RunMode.RUN,
         )
-        with open_dict(config):
+        with read_write(config.hydra.job), open_dict(config.hydra.job):
             config.hydra.job.num, config.hydra.job.id = context.number, str(context.number)
         done = run_job(
             hydra_context=self._hydra_context,

@@ -9,6 +9,7 @@ import functools
 import math
 import threading
 import traceback
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -107,8 +108,9 @@ class TrialStore:
         return optuna.load_study(study_name=self.terms.name, storage=self.storage, sampler=sampler, pruner=pruner)
 
     def trials(self) -> "list[FrozenTrial]":
-        """Every trial of the sweep itself, by number; those copied from another study are left out."""
-        return [trial for trial in self.study().get_trials(deepcopy=False) if "copied_from" not in trial.user_attrs]
+        """Every trial of the sweep itself, by number: none copied from another study, none that was one too many."""
+        found = self.study().get_trials(deepcopy=False)
+        return [trial for trial in found if not {"copied_from", "surplus"} & trial.user_attrs.keys()]
 
     def trial(self, number: int) -> "FrozenTrial":
         """One trial."""
@@ -145,16 +147,37 @@ class TrialStore:
 
     # -- making and taking --------------------------------------------------------------------------------------------
 
-    def add_tickets(self, points: Sequence[Mapping[str, Any] | None]) -> None:
-        """Add waiting trials: with the values of a point; None: the sampler draws them when the trial is taken."""
+    def add_tickets(self, points: Sequence[Mapping[str, Any] | None], target: int | None = None) -> None:
+        """Add waiting trials: with the values of a point; None: the sampler draws them when the trial is taken.
+
+        target  take back those of them that other processes, which added some at the same time, make one too many
+        """
         from optuna.trial import TrialState, create_trial
 
-        study = self.study()
+        study, mine = self.study(), {"added_by": uuid.uuid4().hex}
         for point in points:
             if point is None:
-                study.add_trial(create_trial(state=TrialState.WAITING))
+                study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=mine))
             else:
-                study.enqueue_trial(dict(point))
+                study.enqueue_trial(dict(point), user_attrs=mine)
+        if target is not None:
+            self._take_back_surplus(target, mine["added_by"])
+
+    def _take_back_surplus(self, target: int, added_by: str) -> None:
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        counted = [trial for trial in self.trials() if "retried" not in trial.user_attrs]
+        for trial in counted[target:]:
+            if trial.state is TrialState.WAITING and trial.user_attrs.get("added_by") == added_by:
+                try:
+                    with self.terms.storage.exclusively():
+                        taken = self.storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING)
+                except UpdateFinishedTrialError:
+                    continue
+                if taken:
+                    self.storage.set_trial_user_attr(trial._trial_id, "surplus", True)
+                    self.study().tell(trial.number, state=TrialState.FAIL)
 
     def take(self, space: SearchSpace, seed: int | None) -> "Trial | None":
         """The next waiting trial, now running and leased to this process, its values drawn; None where none waits.

@@ -7,7 +7,7 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -90,6 +90,7 @@ class TrialWork:
     """How a trial is worked on, from lease to telling; travels to workers.
 
     fixed   overrides that every trial has
+    order   keys of the command line's overrides: a trial's own stand in the same order
     gpus    one of these for every worker: the values of CUDA_VISIBLE_DEVICES; empty: as it is
     """
 
@@ -98,11 +99,12 @@ class TrialWork:
     runs: TrialRuns
     sweep_dir: str
     fixed: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
     gpus: tuple[str, ...] = ()
 
     def prepare(self, trial: "Trial") -> list[str]:
         """Write down what a taken trial is; returns its overrides."""
-        overrides = [*self.fixed, *self.space.overrides(trial.params)]
+        overrides = in_order([*self.fixed, *self.space.overrides(trial.params)], self.order)
         trial.set_user_attr("overrides", overrides)
         trial.set_user_attr("folder", self.folder(trial.number))
         return overrides
@@ -111,11 +113,16 @@ class TrialWork:
         """Where a trial's run lies."""
         return str(Path(self.sweep_dir).absolute() / str(number))
 
-    def work_on(self, number: int, overrides: list[str], direct: Callable[[], Any] | None = None) -> Any:
-        """Run one taken trial and tell what came of it; its exception, if any, comes through once it is told."""
+    def work_on(
+        self, number: int, overrides: list[str], direct: Callable[[], Any] | None = None, folder: str | None = None
+    ) -> Any:
+        """Run one taken trial and tell what came of it; its exception, if any, comes through once it is told.
+
+        direct  the run that Hydra has prepared in this process, in `folder`
+        """
         from optuna import TrialPruned
 
-        context = self._context(number, overrides)
+        context = self._context(number, overrides, folder or self.folder(number))
         started = time.perf_counter()
         with self.store.leased(number) as trial, handled({signal.SIGTERM: _as_ctrl_c}):
             trial.set_user_attr("folder", context.folder)
@@ -146,7 +153,7 @@ class TrialWork:
             self.store.complete(number, returned)
         return returned
 
-    def _context(self, number: int, overrides: list[str]) -> TrialContext:
+    def _context(self, number: int, overrides: list[str], folder: str) -> TrialContext:
         terms = self.store.terms
         return TrialContext(
             number=number,
@@ -155,7 +162,7 @@ class TrialWork:
             pruner=dict(terms.pruner),
             objectives=terms.objectives,
             overrides=tuple(overrides),
-            folder=self.folder(number),
+            folder=folder,
             prunes=terms.pruner["name"] != "none" and not self.runs.plan.seeds,
             prune_on=self.runs.plan.prune_on,
             prune_step=self.runs.plan.prune_step,
@@ -196,7 +203,8 @@ class BatchTask:
         hydra = HydraConfig.get()
         number = int(hydra.job.num)
         pin_gpu(self.work.gpus, number)
-        return self.work.work_on(number, list(hydra.overrides.task), lambda: self.task(cfg))
+        folder = str(hydra.runtime.output_dir)
+        return self.work.work_on(number, list(hydra.overrides.task), lambda: self.task(cfg), folder)
 
 
 @dataclass
@@ -224,6 +232,17 @@ class WorkerTask:
                 log.info("trial %s: %s", trial.number, error)
             self.done.append(trial.number)
         return self.done
+
+
+def in_order(overrides: Sequence[str], order: Sequence[str]) -> list[str]:
+    """Overrides in the order in which their keys were given; first those that come from elsewhere."""
+    place = {key: position for position, key in enumerate(order)}
+    return sorted(overrides, key=lambda text: place.get(key_of(text), -1))
+
+
+def key_of(override: str) -> str:
+    """The key of an override, its prefix left out."""
+    return override.partition("=")[0].lstrip("+~")
 
 
 @functools.cache

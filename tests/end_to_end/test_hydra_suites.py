@@ -1,0 +1,43 @@
+"""Hydra's own suites for plugins, against this sweeper: what any launcher and any application may rely on."""
+
+from typing import Any
+
+import pytest
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
+
+from hydra_plugins.optuna_study_sweeper.sweeper import OptunaStudySweeper
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+GRID = ["hydra/sweeper=optuna_study", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=2"]
+
+
+def test_hydra_finds_the_plugin() -> None:
+    assert OptunaStudySweeper.__name__ in [found.__name__ for found in Plugins.instance().discover(Sweeper)]
+
+
+@pytest.mark.parametrize(
+    ("launcher_name", "overrides"),
+    [("basic", GRID), pytest.param("joblib", [*GRID, "hydra.launcher.n_jobs=2"], marks=pytest.mark.slow)],
+)
+class TestLaunchers(LauncherTestSuite):
+    """One job, two jobs, groups, mandatory choices, resolvers, hydra's own overrides."""
+
+
+@pytest.mark.parametrize(("launcher_name", "overrides"), [("basic", GRID)])
+class TestBatches(BatchedSweeperTestSuite):
+    """Six jobs in three batches of two, in order, each in its folder."""
+
+
+# in memory: one of these tests sweeps the same folder twice, which is a resume with nothing left to do
+@pytest.mark.parametrize(
+    ("task_launcher_cfg", "extra_flags"), [({}, ["-m", "hydra/launcher=basic", "hydra/sweeper/storage=memory", *GRID])]
+)
+class TestIntegration(IntegrationTestSuite):
+    """Task names, working folders and paths, in a process of their own."""
+
+
+def test_the_suites_are_not_empty() -> None:
+    kept: list[Any] = [TestLaunchers, TestBatches, TestIntegration]
+    assert all(any(name.startswith("test_") for name in dir(suite)) for suite in kept)
