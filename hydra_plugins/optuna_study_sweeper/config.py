@@ -3,7 +3,7 @@
 Every setting of a sampler is written out, so that another version's default changes no search.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -24,6 +24,8 @@ class TpeSampler:
 
 @dataclass
 class RandomSampler:
+    """The control of any other one: what a search file sets for that one may stand, and is not used."""
+
     name: str = "random"
     seed: int | None = 0
 
@@ -101,6 +103,8 @@ class NsgaiiiSampler:
 
 @dataclass
 class NoPruner:
+    """What a search file sets for another pruner may stand, and is not used."""
+
     name: str = "none"
 
 
@@ -277,6 +281,7 @@ PRUNERS = (
     NoPruner, MedianPruner, PercentilePruner, SuccessiveHalvingPruner, HyperbandPruner, PatientPruner, ThresholdPruner,
     WilcoxonPruner,
 )  # fmt: skip
+CONTROLS = (RandomSampler, NoPruner)
 STORAGES = (JournalStorage, RdbStorage, GrpcStorage, MemoryStorage)
 
 
@@ -287,7 +292,8 @@ def register() -> None:
     for group, kinds in (("sampler", SAMPLERS), ("pruner", PRUNERS), ("storage", STORAGES)):
         for kind in kinds:
             name = str(kind.__dataclass_fields__["name"].default)
-            store.store(group=f"hydra/sweeper/{group}", name=name, node=kind, provider=provider)
+            node = asdict(kind()) if kind in CONTROLS else kind  # a plain mapping takes further keys
+            store.store(group=f"hydra/sweeper/{group}", name=name, node=node, provider=provider)
 
 
 register()

@@ -18,7 +18,10 @@ GROUPS = ()
 
 def task(cfg: DictConfig) -> None:
     """Rebuild one study's results, those of a folder of studies, or the page of a trace store."""
+    from hydra.core.global_hydra import GlobalHydra
+
     from research.commands.study import print_report, study_folder
+    from research.sweeps.sweep_command import composer
     from research.sweeps.sweep_report import is_sweep, report_again
 
     if cfg.folder and (Path(cfg.folder) / "manifest.json").exists() and (Path(cfg.folder) / "data").is_dir():
@@ -26,7 +29,8 @@ def task(cfg: DictConfig) -> None:
 
         print(f"written: {rebuild_explorer(Path(cfg.folder))}")
     elif cfg.folder and is_sweep(Path(cfg.folder)):
-        print(report_again(Path(cfg.folder)))
+        loader = GlobalHydra.instance().config_loader()
+        print(report_again(Path(cfg.folder), {"distill train": composer(loader, "train")}))
     elif cfg.folder and not (Path(cfg.folder) / "study.yaml").exists() and any(Path(cfg.folder).glob("*/study.yaml")):
         _report_all(Path(cfg.folder))
     else:

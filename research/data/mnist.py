@@ -1,5 +1,6 @@
 """MNIST, the official 60,000 / 10,000 split, from the four idx files or from Hugging Face; verified by content."""
 
+import functools
 import gzip
 import hashlib
 import struct
@@ -116,6 +117,13 @@ def _idx_bytes(array: np.ndarray) -> bytes:
 
 
 def _from_folder(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    found = [(folder / name).stat() for name in SHA256 if (folder / name).exists()]
+    return _read_folder(folder, tuple((one.st_mtime_ns, one.st_size) for one in found))
+
+
+@functools.lru_cache(maxsize=1)
+def _read_folder(folder: Path, stamps: tuple[tuple[int, int], ...]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Read once by a process, for all of its runs, while the files stay as they are; the arrays are read-only."""
     return {
         split: (read_idx(folder / images, SHA256[images]), read_idx(folder / labels, SHA256[labels]))
         for split, (images, labels) in FILES.items()

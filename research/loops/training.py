@@ -1,6 +1,7 @@
 """One training run from built parts to its record: fit, save the student, evaluate once, account for the cost."""
 
 import datetime as dt
+import functools
 import shutil
 import time
 from collections.abc import Mapping
@@ -238,8 +239,8 @@ class TrainingRun:
             metrics=metrics,
             started_at=self.started_at,
             wall_s=time.perf_counter() - self.started,
-            versions=collect_versions(),
-            revision=git_revision(Path(__file__).parent),
+            versions=dict(_versions()),
+            revision=dict(_revision()),
             hardware=hardware(torch.get_num_threads(), self._accelerator),
             ledger=self._ledger(outcome),
             data={
@@ -263,6 +264,11 @@ class TrainingRun:
         seconds = self.method.earlier_seconds + outcome.seconds
         ledger = ledger_of(self.method, seconds, is_text=isinstance(self.data, TraceData))
         return ledger if self.loop is None else ledger | self.loop.ledger
+
+
+# what is loaded in this process is what its first run found, however many trials it goes on to
+_versions = functools.cache(collect_versions)
+_revision = functools.cache(lambda: git_revision(Path(__file__).parent))
 
 
 def _leave_other_ranks(trainer: L.Trainer) -> None:

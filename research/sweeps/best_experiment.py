@@ -1,46 +1,61 @@
 """A trial's overrides as an experiment file: `distill train experiment=best.yaml` runs the same again."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from research.errors import ConfigError
+from research.sweeps.grammar import written
 
 GROUP = "experiment"
+GATHERING = (GROUP, "hparams_search", "debug")
 _HEADER = "# @package _global_"
 
 
-def experiment_text(overrides: Sequence[str], groups: Sequence[str], comment: str) -> str:
-    """The YAML of an experiment that composes to what the overrides give.
+def experiment_text(overrides: Sequence[str], compose: Callable[[list[str]], DictConfig], comment: str) -> str:
+    """The YAML of an experiment that composes to what the overrides give, and leans on no other experiment file.
 
-    groups   the keys that choose a file of a config group, package and prefix left out
+    compose  gives the application's whole config, hydra's node included, for a list of overrides
     comment  the first line, without #
     """
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    defaults: list[Any] = []
-    values, left_out = OmegaConf.create({}), []
-    for override in parsed:
-        chosen = override.value()
-        if override.is_delete():
-            left_out.append(str(override.input_line))
-        elif override.key_or_group == GROUP:
-            defaults.insert(0, chosen)
-        elif override.key_or_group in groups:
-            defaults.append(_default(override, chosen))
-        else:
-            OmegaConf.update(values, override.key_or_group, chosen, force_add=True)
-    tree: dict[str, Any] = {"defaults": [*defaults, "_self_"]} if defaults else {}
-    plain: Any = OmegaConf.to_container(values)
-    tree |= plain
-    lines = [_HEADER, f"# {comment}", *(f"# to be given beside it: {line}" for line in left_out)]
-    return "\n".join(lines) + "\n" + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
+    wanted, plain = compose(list(overrides)), compose([])
+    usual, chosen = _choices(plain), _choices(wanted)
+    groups = {key: choice for key, choice in chosen.items() if usual.get(key) != choice}
+    base = compose([f"{'' if key in usual else '+'}{key}={written(choice)}" for key, choice in groups.items()])
+    tree: dict[str, Any] = {}
+    if groups:
+        defaults: list[Any] = [{f"override /{k}" if k in usual else f"/{k}": choice} for k, choice in groups.items()]
+        tree["defaults"] = [*defaults, "_self_"]
+    tree |= _added(_task(base), _task(wanted))
+    return f"{_HEADER}\n# {comment}\n" + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _choices(config: DictConfig) -> dict[str, Any]:
+    """Which file of each group a config is made of; those that gather others are left out, since they are spelt out."""
+    chosen: Any = OmegaConf.to_container(config.hydra.runtime.choices)
+    return {k: v for k, v in chosen.items() if not k.startswith("hydra/") and k not in ("hydra", *GATHERING)}
+
+
+def _task(config: DictConfig) -> dict[str, Any]:
+    found: Any = OmegaConf.to_container(config, resolve=False)
+    return {key: value for key, value in found.items() if key != "hydra"}
+
+
+def _added(base: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What `wanted` has that `base` has not, or has otherwise."""
+    found: dict[str, Any] = {}
+    for key, value in wanted.items():
+        if key in base and isinstance(value, Mapping) and isinstance(base[key], Mapping) and value:
+            inner = _added(base[key], value)
+            found |= {key: inner} if inner else {}
+        elif key not in base or base[key] != value:
+            found[key] = value
+    return found
 
 
 def with_experiment_file(arguments: Sequence[str]) -> list[str]:
@@ -62,9 +77,3 @@ def with_experiment_file(arguments: Sequence[str]) -> list[str]:
         else:
             changed.append(argument)
     return changed
-
-
-def _default(override: Override, chosen: Any) -> dict[str, Any]:
-    key = override.key_or_group + (f"@{override.package}" if override.package else "")
-    is_new = override.is_add() or override.is_force_add()
-    return {f"/{key}" if is_new else f"override /{key}": chosen}

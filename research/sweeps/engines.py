@@ -10,6 +10,7 @@ import random
 import re
 import socket
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -223,12 +224,13 @@ def build_sampler(node: Mapping[str, Any], seed: int | None) -> "BaseSampler":
     given = {str(key): value for key, value in node.items() if value is not None}
     name = _known(given.pop("name", None), SAMPLERS, "sampler")
     made = getattr(optuna.samplers, SAMPLERS[name])
-    if name == "grid":
-        given.clear()
     given.pop("seed", None)
+    if name in ("grid", "random"):
+        given = {key: value for key, value in given.items() if key not in _all_settings(optuna.samplers, SAMPLERS)}
     _check_settings(made, given, f"sampler {name}")
     try:
-        return made(seed=seed, **given)
+        with _experimental():
+            return made(seed=seed, **given)
     except ImportError as error:
         raise _missing(f"sampler {name}", error) from None
 
@@ -240,15 +242,32 @@ def build_pruner(node: Mapping[str, Any]) -> "BasePruner":
     given = {str(key): value for key, value in node.items() if value is not None}
     name = _known(given.pop("name", None), PRUNERS, "pruner")
     made = getattr(optuna.pruners, PRUNERS[name])
+    if name == "none":
+        given = {key: value for key, value in given.items() if key not in _all_settings(optuna.pruners, PRUNERS)}
     if name == "patient":
         wrapped = given.pop("wrapped", None)
         given["wrapped_pruner"] = build_pruner(wrapped) if wrapped else None
-    elif name != "none":
+    else:
         _check_settings(made, given, f"pruner {name}")
     try:
-        return made(**given)
+        with _experimental():
+            return made(**given)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"pruner {name} refuses its settings: {error}") from None
+
+
+@contextmanager
+def _experimental() -> Iterator[None]:
+    """Without Optuna's warnings that a setting may change: settings are written out, and the version is recorded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _all_settings(module: Any, names: Mapping[str, str]) -> set[str]:
+    """What any of the others can be set to: left over in a search file when one is exchanged for its control."""
+    kinds = [getattr(module, name) for name in set(names.values())]
+    return {"wrapped", *(key for kind in kinds for key in inspect.signature(kind.__init__).parameters)}
 
 
 def _check_settings(made: Any, given: Mapping[str, Any], where: str) -> None:

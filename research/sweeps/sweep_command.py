@@ -19,7 +19,7 @@ from research.sweeps.engines import build_pruner, build_sampler, storage_spec
 from research.sweeps.search_space import Parameter, SearchSpace, parse_space
 from research.sweeps.sweep_controller import SweepController, SweepPlan, quiet_launches
 from research.sweeps.sweep_progress import watching_sweep
-from research.sweeps.sweep_report import build_sweep_report, save_terms
+from research.sweeps.sweep_report import Compose, build_sweep_report, save_terms
 from research.sweeps.trial_context import application_program
 from research.sweeps.trial_runs import RunPlan, TrialRuns, own_program, refuse_in_a_rank
 from research.sweeps.trial_store import SweepTerms, TrialStore
@@ -72,20 +72,29 @@ def sweep(
         "directions": list(terms.directions),
         "objectives": list(terms.objectives),
     }
-    searched = [text for parameter in space.parameters for choice in parameter.choices for text in choice.overrides]
-    groups = groups_of([*fixed, *searched], loader)
-    controller = SweepController(plan, work, task, lambda wrapped: launcher_for(wrapped, quiet), remembered, groups)
-    save_terms(terms, sweep_dir)
+    controller = SweepController(plan, work, task, lambda wrapped: launcher_for(wrapped, quiet), remembered)
+    save_terms(terms, sweep_dir, _application(config))
     try:
         return controller.run(watching_sweep)
     finally:
-        _report(work.store, sweep_dir)
+        _report(work.store, sweep_dir, composer(loader, str(config.hydra.job.config_name)))
 
 
-def groups_of(keys: Sequence[str], loader: Any) -> list[str]:
-    """Those of the keys that choose a file of a config group."""
-    names = {key.lstrip("+~").partition("=")[0].partition("@")[0] for key in keys}
-    return sorted(name for name in names if loader.get_group_options(name))
+def composer(loader: Any, config_name: str) -> Compose:
+    """Composes an application's config as a single run would, from a list of overrides."""
+
+    def compose(overrides: list[str]) -> DictConfig:
+        found: DictConfig = loader.load_configuration(
+            config_name=config_name, overrides=overrides, run_mode=RunMode.RUN
+        )
+        return found
+
+    return compose
+
+
+def _application(config: DictConfig) -> str:
+    """The name of the config that trials are made of, where `distill report` can find it again."""
+    return f"distill {config.hydra.job.config_name}" if application_program() else str(config.hydra.job.name)
 
 
 def _terms(options: Mapping[str, Any], space: SearchSpace, sweep_dir: Path, config: DictConfig) -> SweepTerms:
@@ -284,9 +293,9 @@ def _make_folder(sweep_dir: Path, config: DictConfig) -> None:
         ) from None
 
 
-def _report(store: TrialStore, sweep_dir: Path) -> None:
+def _report(store: TrialStore, sweep_dir: Path, compose: Compose) -> None:
     """Write what there is to tell; a sweep whose report fails has still run."""
     try:
-        print(build_sweep_report(store, sweep_dir))
+        print(build_sweep_report(store, sweep_dir, compose))
     except Exception:
         log.exception("the report of %s could not be written; `distill report %s` tries again", sweep_dir, sweep_dir)

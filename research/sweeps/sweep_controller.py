@@ -71,10 +71,9 @@ class SweepController:
         task: Callable[[Any], Any],
         launcher_for: Callable[[Any], Any],
         terms: Mapping[str, Any],
-        groups: Sequence[str] = (),
     ) -> None:
         self.plan, self.work, self.store, self.space = plan, work, work.store, work.space
-        self._task, self._launcher_for, self._terms, self._groups = task, launcher_for, terms, list(groups)
+        self._task, self._launcher_for, self._terms = task, launcher_for, terms
         self._started = time.time()
 
     def run(self, watch: Callable[[TrialStore, int], Any]) -> list[Any]:
@@ -84,7 +83,6 @@ class SweepController:
         """
         self.plan.check()
         goes_on = open_study(self.store, self._terms, resume=self.plan.resume, on_change=self.plan.on_change)
-        self.store.study().set_user_attr("groups", self._groups)
         with self._control():
             target = self._target()
             if not goes_on:

@@ -3,11 +3,12 @@
 import csv
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from omegaconf import DictConfig
 
 from research.errors import ConfigError
 from research.results.record import write_atomic
@@ -24,14 +25,21 @@ FEWEST_FOR_FIGURES = 2
 FIGURES = {"history": "plot_optimization_history", "slice": "plot_slice", "importance": "plot_param_importances"}
 
 
-def build_sweep_report(store: TrialStore, sweep_dir: Path) -> str:
-    """Write the report into the sweep's folder; returns a few lines to print. Works while the sweep runs."""
+Compose = Callable[[list[str]], DictConfig]
+
+
+def build_sweep_report(store: TrialStore, sweep_dir: Path, compose: Compose | None) -> str:
+    """Write the report into the sweep's folder; returns a few lines to print. Works while the sweep runs.
+
+    compose  the application's config for a list of overrides; None: it is not at hand, and best.yaml stays as it is
+    """
     trials = store.trials()
     rows = [trial_row(trial, store.terms) for trial in trials]
     _write_table(rows, sweep_dir)
     best = store.best_trials()
     _write_results(best, store, sweep_dir)
-    _write_best(best, store, sweep_dir)
+    if compose is not None:
+        _write_best(best, store, sweep_dir, compose)
     written = _write_figures(store, sweep_dir)
     names = [TRIALS_CSV, TRIALS_PARQUET, *([BEST] if best else []), RESULTS, *written]
     lines = [f"{store.terms.name}: {told(store.counts())}", best_line(store), f"{sweep_dir}: {', '.join(names)}"]
@@ -71,8 +79,11 @@ def value_names(terms: SweepTerms) -> tuple[str, ...]:
     return terms.objectives or (("value",) if count == 1 else tuple(f"value_{number}" for number in range(count)))
 
 
-def save_terms(terms: SweepTerms, sweep_dir: Path) -> None:
-    """Keep in the folder what is needed to open the sweep again: `distill report FOLDER`."""
+def save_terms(terms: SweepTerms, sweep_dir: Path, application: str) -> None:
+    """Keep in the folder what is needed to open the sweep again: `distill report FOLDER`.
+
+    application  names the config that trials are composed from
+    """
     storage = {key: value for key, value in terms.storage.__dict__.items() if value is not None}
     told = {
         "study_name": terms.name,
@@ -80,6 +91,7 @@ def save_terms(terms: SweepTerms, sweep_dir: Path) -> None:
         "directions": list(terms.directions),
         "objectives": list(terms.objectives),
         "constraints": dict(terms.constraints),
+        "application": application,
     }
     write_atomic(sweep_dir / TERMS_FILE, yaml.safe_dump(told, sort_keys=False).encode())
 
@@ -89,8 +101,11 @@ def is_sweep(folder: Path) -> bool:
     return (folder / TERMS_FILE).exists()
 
 
-def report_again(folder: Path) -> str:
-    """Rebuild a sweep's report from its storage. Raises ConfigError where that is gone."""
+def report_again(folder: Path, composers: Mapping[str, Compose]) -> str:
+    """Rebuild a sweep's report from its storage. Raises ConfigError where that is gone.
+
+    composers  application -> what composes its configs, of those that are at hand
+    """
     from research.sweeps.engines import StorageSpec
 
     told_terms = yaml.safe_load((folder / TERMS_FILE).read_text())
@@ -111,7 +126,7 @@ def report_again(folder: Path) -> str:
         objectives=tuple(told_terms["objectives"]),
         constraints=told_terms["constraints"],
     )
-    return build_sweep_report(TrialStore(terms), folder)
+    return build_sweep_report(TrialStore(terms), folder, composers.get(told_terms["application"]))
 
 
 def _write_table(rows: list[dict[str, Any]], folder: Path) -> None:
@@ -155,16 +170,15 @@ def _write_results(best: "list[FrozenTrial]", store: TrialStore, folder: Path) -
     write_atomic(folder / RESULTS, yaml.safe_dump(dict(found), sort_keys=False).encode())
 
 
-def _write_best(best: "list[FrozenTrial]", store: TrialStore, folder: Path) -> None:
+def _write_best(best: "list[FrozenTrial]", store: TrialStore, folder: Path, compose: Compose) -> None:
     """The best trial as an experiment; of several objectives one file for each trial that no other beats."""
-    groups = store.study().user_attrs.get("groups", [])
     several = len(store.terms.directions) > 1
     for old in folder.glob("pareto_*.yaml"):
         old.unlink()
     for trial in best:
         values = ", ".join(f"{n} {v:.6g}" for n, v in zip(value_names(store.terms), trial.values, strict=True))
         comment = f"trial {trial.number} of the sweep {store.terms.name}: {values}"
-        text = experiment_text(trial.user_attrs.get("overrides", []), groups, comment)
+        text = experiment_text(trial.user_attrs.get("overrides", []), compose, comment)
         write_atomic(folder / (f"pareto_{trial.number}.yaml" if several else BEST), text.encode())
     if several and best:  # the first objective's best, so that there is one file with this name always
         sign = -1.0 if store.terms.directions[0] == "maximize" else 1.0

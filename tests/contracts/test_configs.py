@@ -32,8 +32,9 @@ CONF = REPOSITORY / "conf"
 FILES = sorted(path.relative_to(CONF).with_name(path.stem) for path in CONF.rglob("*.yaml"))
 CHOICES = [path for path in FILES if path.parts[0] != "hydra" and len(path.parts) > 1]
 OF_TRACES = ("generator", "filter")  # groups of `distill traces` alone
-OF_TRAIN = [str(path) for path in CHOICES if path.parts[0] not in ("experiment", "paths", *OF_TRACES)]
+OF_TRAIN = [str(path) for path in CHOICES if path.parts[0] not in ("experiment", "hparams_search", "paths", *OF_TRACES)]
 EXPERIMENTS = [path.name for path in CHOICES if path.parts[0] == "experiment"]
+SEARCHES = [path.name for path in CHOICES if path.parts[0] == "hparams_search"]
 STUDIES = sorted(path.parent.name for path in (REPOSITORY / "experiments").rglob("study.yaml"))
 GROUPS_OF_TRAIN = {"model": "model@student"}
 NODES = (
@@ -243,7 +244,7 @@ def test_every_choice_opens_with_what_it_is() -> None:
         text = yaml_of(path).read_text()
         if path.parts[0] not in ("paths", "optimizer", "logger", "scheduler"):
             assert text.startswith("#"), f"conf/{path}.yaml has no opening comment"
-        if path.parts[0] == "experiment":
+        if path.parts[0] in ("experiment", "hparams_search"):
             for word in ("Question", "Command", "Hardware", "Expected"):
                 assert f"# {word} " in text, f"conf/{path}.yaml does not say its {word}"
 
@@ -282,6 +283,13 @@ def test_p112_every_experiment_composes(name: str, monkeypatch: pytest.MonkeyPat
     cfg = composed("train", f"experiment={name}")
     check_nodes(cfg)
     assert cfg.name == name, "an experiment's folder carries its name"
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_p112_every_search_composes(name: str) -> None:
+    cfg = composed("train", f"hparams_search={name}")
+    check_nodes(cfg)
+    assert cfg.name == name, "a search's folder carries its name"
 
 
 @pytest.fixture

@@ -1,0 +1,177 @@
+"""The searches of conf/hparams_search and the sweeper around real training runs, through the console command."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from research.results.record import read_record
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SWEEP = ("hydra/sweeper=optuna_study", "logger=none", "threads=1")
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "trials.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_pruned_sweep_of_real_runs_and_its_best_file(
+    distill: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Runs report every validation; the bad ones are stopped; the best one's file gives the same value again."""
+    done = distill(
+        "train", "-m", *SWEEP, *tiny, "optimizer.lr=0.003,0.0000001,0.0000002", "hydra/sweeper/sampler=grid",
+        "hydra/sweeper/pruner=median", "hydra.sweeper.pruner.n_startup_trials=1", "hydra.sweeper.study_name=digits",
+        "evaluation.splits=[val]", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    folder = tmp_path / "outputs" / "digits"
+    rows = rows_of(folder)
+    assert [row["state"] for row in rows] == ["complete", "pruned", "pruned"]
+    whole, cut = (read_record(folder / number / "run.json") for number in ("0", "1"))
+    assert (whole.status, cut.status) == ("completed", "pruned")
+    assert "pruned at step" in str(cut.reason) and cut.reason == rows[1]["reason"]
+    steps = [int(row["last_step"]) for row in rows]
+    assert steps[1] < steps[0], "a pruned run is shorter"
+    assert not (folder / "0" / "checkpoints").exists(), "nothing is gone on from a finished trial"
+
+    again = distill("train", f"experiment={folder}/best.yaml", *tiny[1:2], "hydra.run.dir=again", cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert read_record(tmp_path / "again" / "run.json").metrics["val/errors"] == float(rows[0]["value"])
+
+    before = (folder / "trials.csv").read_text()
+    (folder / "trials.csv").unlink()
+    (folder / "best.yaml").unlink()
+    told = distill("report", str(folder), cwd=tmp_path)
+    assert told.code == 0 and "1 complete, 2 pruned" in told.out
+    assert (folder / "trials.csv").read_text() == before and (folder / "best.yaml").exists()
+
+
+def test_accuracy_against_cost_comes_from_the_ledger(
+    distill: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = distill(
+        "train", "-m", *SWEEP, *tiny[1:], "trainer.max_epochs=1,4", "hydra/sweeper/sampler=grid",
+        "hydra.sweeper.objectives={val/errors: minimize, cost/flops: minimize}", "hydra.sweeper.study_name=cost",
+        "evaluation.splits=[val]", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    short, long = rows_of(tmp_path / "outputs" / "cost")
+    assert float(long["cost/flops"]) == pytest.approx(4 * float(short["cost/flops"]), rel=1e-6)
+    record = read_record(tmp_path / "outputs" / "cost" / "1" / "run.json")
+    own = sum(line["flops"] or 0 for name, line in record.ledger.items() if name != "teacher_training")
+    assert float(long["cost/flops"]) == own and float(long["val/errors"]) == record.metrics["val/errors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["monitor=test/errors"], "select"),
+        (["hydra/sweeper/pruner=median", "loop=self_taught"], "needs problems"),
+        (["hydra.sweeper.params={optimizer.lrr: 'choice(1,2)'}"], "optimizer.lr"),
+    ],
+)
+def test_a_search_that_would_select_wrongly_is_refused(
+    arguments: list[str], told: str, distill: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = distill("train", "-m", *SWEEP, *tiny, "seed=1,2", "hydra.sweeper.n_trials=2", *arguments, cwd=tmp_path)
+    found = done.err + "".join(path.read_text() for path in tmp_path.rglob("trials.csv"))
+    assert told in found and "complete" not in found.replace("completely", "")
+
+
+def test_an_interrupted_training_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """kill -9 of the whole sweep in the middle of a run: the trial ends with the loss of one never killed."""
+    command = [
+        sys.executable, "-c", "from research.commands.main import main; main()", "train", "-m", *SWEEP,
+        "experiment=sum8_trace", "task.num_terms=5", "student.hidden_size=32", "data.num_train=4000", "data.num_val=16",
+        "data.num_test=0", "trainer.max_epochs=1", "checkpoint_steps=3", "evaluation.splits=[val]",
+        "evaluation.max_new_tokens=24", "optimizer.lr=0.001,0.002", "hydra/sweeper/sampler=grid",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet: dict[str, Any] = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        "env": environment,
+        "cwd": tmp_path,
+    }
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    process = subprocess.Popen([*command, f"hydra.sweep.dir={cut}"], **quiet)
+    checkpoint, deadline = cut / "0" / "checkpoints" / "last.ckpt", time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert checkpoint.exists() and not (cut / "0" / "run.json").exists(), "it was still at work"
+    for folder in (cut, whole):
+        assert subprocess.run([*command, f"hydra.sweep.dir={folder}"], check=False, **quiet).returncode == 0
+    assert [row["attempts"] for row in rows_of(cut)] == ["2", "1"]
+    assert [row["value"] for row in rows_of(cut)] == [row["value"] for row in rows_of(whole)]
+    losses = [json.loads((folder / "0" / "run.json").read_text())["student"]["sha256"] for folder in (cut, whole)]
+    assert losses[0] == losses[1], "and with the same weights"
+
+
+def test_temperature_and_weights_runs(
+    distill: Callable[..., Any], require_data: Callable[..., Path], repository: Path, tmp_path: Path
+) -> None:
+    require_data("mnist")
+    done = distill(
+        "train", "-m", "hparams_search=temperature_and_weights", "trainer=smoke", "student.hidden=[8]",
+        f"teacher.path='{repository}/experiments/teachers/mnist'", "hydra.sweeper.n_trials=2", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    rows = rows_of(tmp_path / "outputs" / "temperature_and_weights")
+    assert [row["state"] for row in rows] == ["complete"] * 2
+    assert float(rows[0]["param:method.temperature"]) == 4.0, "the point given by hand comes first"
+
+
+def test_chain_ablation_runs(distill: Callable[..., Any], tmp_path: Path) -> None:
+    done = distill(
+        "train", "-m", "hparams_search=chain_ablation", "trainer=smoke", "data.num_train=200", "data.num_val=8",
+        "evaluation.val_problems=4", "hydra.sweeper.n_trials=2", "hydra.sweeper.seeds=[0,1]", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    rows = rows_of(tmp_path / "outputs" / "chain_ablation")
+    assert all(row["seeds"] == "0 1" for row in rows)
+    for row in rows:
+        has_chain = row["param:data.trace_format"] in ("chain_then_answer", "answer_then_chain")
+        assert bool(row["param:data.prompt_loss_weight"]) == has_chain, "a weight only where there is a chain"
+
+
+def test_divergence_and_share_runs(distill: Callable[..., Any], tmp_path: Path) -> None:
+    small = ("data.num_train=64", "data.num_val=4", "data.num_test=0", "student.hidden_size=16", "student.num_layers=1")
+    for name in ("base", "teacher"):
+        done = distill(
+            "train", "experiment=sum3_base", "trainer=smoke", *small, "evaluation.splits=[val]",
+            f"hydra.run.dir={name}", cwd=tmp_path,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+    done = distill(
+        "traces", "task=sum3", "template=plain", "source=reference", "data.num_problems=80", "filter=none", "explorer=false",
+        "store=traces", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    done = distill(
+        "train", "-m", "hparams_search=divergence_and_share", "trainer=smoke", *small, "init_from=base",
+        "teacher.path=teacher", "data.store=traces", "data.num_prompts=8", "data.num_stored=8", "preflight=skip",
+        "evaluation.val_problems=4", "hydra.sweeper.n_trials=3",
+        "hydra.sweeper.fixed={trainer.max_steps: 50}", "trainer.check_val_every_n_epoch=25", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    folder = tmp_path / "outputs" / "divergence_and_share"
+    rows = rows_of(folder)
+    assert [row["state"] for row in rows] == ["complete"] * 3
+    assert all(float(row["cost/flops"]) > 0 for row in rows)
+    for row in rows:
+        is_jsd = row["param:method.divergence"] == "normalised_jsd"
+        assert bool(row.get("param:method.teacher_mixture_weight")) == is_jsd
+    solutions = yaml.safe_load((folder / "optimization_results.yaml").read_text())["solutions"]
+    assert solutions and len(list(folder.glob("pareto_*.yaml"))) == len(solutions)
