@@ -61,12 +61,16 @@ def _added(base: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]
 def with_experiment_file(arguments: Sequence[str]) -> list[str]:
     """`experiment=FILE.yaml`, where that file exists, as a choice of the group; the other arguments as they are.
 
-    Raises ConfigError for a file that is no mapping.
+    Raises ConfigError for a file that is no mapping, and for a path where there is no file.
     """
     changed = []
     for argument in arguments:
         found = re.fullmatch(r"(\+?)experiment=(.+\.ya?ml)", argument)
         path = Path(found[2].strip("'\"")) if found else None
+        if found and path is not None and not path.is_file() and "/" in found[2]:
+            raise ConfigError(
+                f"experiment={path} names a file that does not exist; give one, or the name of an experiment"
+            )
         if found and path is not None and path.is_file():
             name = f"{path.stem}_of_{re.sub(r'[^A-Za-z0-9_]+', '_', path.absolute().parent.name)}"
             node = yaml.safe_load(path.read_text())

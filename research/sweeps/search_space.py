@@ -257,7 +257,7 @@ def _parameter_of(override: Override) -> Parameter:
             items = list(value.list) if isinstance(value, ChoiceSweep) else []
         return _discrete(key, [(_plain(item), _text_of(item)) for item in items])
     if isinstance(value, RangeSweep):
-        return _ranged(key, value)
+        return _ranged(key, value, list(override.sweep_string_iterator()))
     if isinstance(value, IntervalSweep):
         return _interval(key, value)
     raise ConfigError(_no_search(key, override.get_value_string()))
@@ -277,15 +277,16 @@ def _discrete(key: str, items: Sequence[tuple[Any, str]]) -> Parameter:
     return Parameter(key.lstrip("+"), key, made)
 
 
-def _ranged(key: str, sweep: RangeSweep) -> Parameter:
-    values = list(sweep.range())
+def _ranged(key: str, sweep: RangeSweep, texts: Sequence[str]) -> Parameter:
+    """From its values as Hydra writes them: its 1.4 applies a cast such as float(range(...)) there alone."""
+    is_int = all(re.fullmatch(r"-?\d+", text) for text in texts)
+    values = [int(text) if is_int else float(text) for text in texts]
     if len(values) < 2:
         raise ConfigError(
             f"{key}=range({sweep.start},{sweep.stop},{sweep.step}) holds {len(values)} values; search two"
         )
-    is_int = all(isinstance(value, int) for value in (sweep.start, sweep.stop, sweep.step))
-    kind = int if is_int else float
-    low, high, step = kind(min(values)), kind(max(values)), kind(abs(sweep.step))
+    low, high, step = min(values), max(values), abs(sweep.step)
+    step = step if is_int else float(step)
     return Parameter(key.lstrip("+"), key, low=low, high=high, step=step, log=_is_log(key, sweep, low), is_int=is_int)
 
 

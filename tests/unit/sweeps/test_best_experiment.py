@@ -57,8 +57,10 @@ def test_it_composes_to_the_trials_own_config(overrides: list[str], compose: Com
 
 
 def test_other_arguments_and_names_stay_as_they_are(tmp_path: Path) -> None:
-    arguments = ["experiment=mnist_hard", "seed=1", f"experiment={tmp_path}/absent.yaml"]
+    arguments = ["experiment=mnist_hard", "seed=1", "experiment=absent.yaml"]
     assert with_experiment_file(arguments) == arguments
+    with pytest.raises(ConfigError, match="does not exist"):
+        with_experiment_file([f"experiment={tmp_path}/absent.yaml"])
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match="holds a list"):
         with_experiment_file([f"experiment={tmp_path}/list.yaml"])
