@@ -1,24 +1,20 @@
 """Hydra's sweeper plugin; what it does is in `research.sweeps`. Imports no Optuna: Hydra imports every plugin."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from hydra_plugins.optuna_study_sweeper import config as _config  # noqa: F401  registers the groups
-
-MAPPINGS = ("objectives", "constraints", "params", "zipped", "fixed", "copy_from")
 
 
 class OptunaStudySweeper(Sweeper):
     """`hydra/sweeper=optuna_study`: see `OptunaStudyConf` for the keywords."""
 
     def __init__(self, **options: Any) -> None:
-        self.options = {key: _container(value) for key, value in options.items()}
-        self.options |= {key: self.options.get(key) or {} for key in MAPPINGS}
+        self.options = options
         self.config: DictConfig | None = None
         self.launcher: Any = None
         self.hydra_context: HydraContext | None = None
@@ -29,10 +25,11 @@ class OptunaStudySweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Sweep over what the overrides and `hydra.sweeper.params` search; returns Hydra's job returns by launch."""
-        from research.sweeps.sweep_command import sweep
+        from research.sweeps.sweep_command import normalised, sweep
 
         assert self.config is not None and self.hydra_context is not None and self.task_function is not None
-        return sweep(self.options, arguments, self.hydra_context, self.task_function, self.config, self._launcher)
+        options = normalised(self.options)
+        return sweep(options, arguments, self.hydra_context, self.task_function, self.config, self._launcher)[0]
 
     def _launcher(self, task: TaskFunction, config: DictConfig) -> Any:
         return Plugins.instance().instantiate_launcher(
@@ -40,10 +37,3 @@ class OptunaStudySweeper(Sweeper):
             task_function=task,
             config=config,
         )
-
-
-def _container(value: Any) -> Any:
-    """Hydra 1.3 gives config nodes, 1.4 plain containers."""
-    if OmegaConf.is_config(value):
-        return OmegaConf.to_container(value, resolve=True)
-    return dict(value) if isinstance(value, Mapping) else value

@@ -32,20 +32,14 @@ def task(cfg: DictConfig) -> Any:
     """
     from hydra.core.hydra_config import HydraConfig
 
-    from research.errors import Pruned
-    from research.sweeps.jobs import train_job
+    from research.sweeps.jobs import train_job, trial_cell
     from research.sweeps.trial_context import current_trial
-    from research.sweeps.trial_hooks import returned_by
 
-    try:
-        record = train_job(cfg)
-    except Pruned as stopped:
-        from optuna import TrialPruned
-
-        raise TrialPruned(str(stopped)) from None
-    if current_trial() is None:
-        for name, value in record.metrics.items():
-            if name.split("/")[-1] in SHOWN:
-                print(f"{name:32s} {value:.6g}")
-        print(f"record: {HydraConfig.get().runtime.output_dir}/run.json")
-    return returned_by(record, cfg)
+    if current_trial() is not None:
+        return trial_cell(cfg)
+    metrics = train_job(cfg).metrics
+    for name, value in metrics.items():
+        if name.split("/")[-1] in SHOWN:
+            print(f"{name:32s} {value:.6g}")
+    print(f"record: {HydraConfig.get().runtime.output_dir}/run.json")
+    return metrics.get(cfg.monitor)

@@ -61,7 +61,10 @@ class CurveSpec:
 
 @dataclass(frozen=True)
 class Study:
-    """The content of one ``study.yaml``; ``factors`` maps factor -> level label -> overrides, in declared order."""
+    """The content of one ``study.yaml``; ``factors`` maps factor -> level label -> overrides, in declared order.
+
+    ``command`` says what a cell is: ``train``, one run, or ``sweep``, a whole search.
+    """
 
     name: str
     claim: str
@@ -80,6 +83,7 @@ class Study:
     presets: Mapping[str, Preset]
     path: Path
     curves: tuple[CurveSpec, ...] = ()
+    command: str = "train"
 
     def preset(self, name: str | None) -> Preset:
         """The named preset; the empty one for None. Raises StudyError with the nearest valid name."""

@@ -10,8 +10,9 @@ from research.results.study import Arm, Cell, CurveSpec, Preset, Requirement, St
 
 STUDY_KEYS = (
     "study", "claim", "question", "base", "requires", "arms", "factors", "seeds", "metric", "lower_is_better",
-    "comparison", "secondary", "published", "budget", "presets", "curves",
+    "comparison", "secondary", "published", "budget", "presets", "curves", "command",
 )  # fmt: skip
+CELL_COMMANDS = ("train", "sweep")
 CURVE_COSTS = ("flops", "tokens", "seconds", "steps")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
@@ -53,6 +54,7 @@ def read_study(folder: str | Path) -> Study:
         presets={name: _preset(name, fields, declared) for name in _names(fields.child("presets"))},
         path=path,
         curves=_curves(fields),
+        command=fields.choice("command", CELL_COMMANDS, "train"),
     )
     _check_placeholders(study)
     return study

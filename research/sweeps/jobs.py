@@ -32,7 +32,7 @@ from research.config import (
 )
 from research.data.base import AbstractClassData
 from research.data.traces import TraceData
-from research.errors import ConfigError, Preempted
+from research.errors import ConfigError, Preempted, Pruned
 from research.loops.fit import ReportProgress, StopOnInterrupt, profiler_into
 from research.loops.ledger import training_of
 from research.loops.pruning_stop import PruningStop
@@ -43,7 +43,7 @@ from research.results.record import RunRecord, collect_versions, git_revision, h
 from research.schemas import check_root
 from research.sweeps.preflight_job import preflight_before
 from research.sweeps.secrets import refuse_secrets
-from research.sweeps.trial_hooks import as_trial, pruning_stop
+from research.sweeps.trial_hooks import as_trial, pruning_stop, returned_by
 from research.teachers.base import AbstractTeacher
 from research.teachers.cache import CacheWriter
 from research.teachers.manifest import CacheFingerprint, read_manifest
@@ -132,6 +132,19 @@ def train_cell(cfg: DictConfig) -> float | None:
     check_root(cfg, "train")
     try:
         return train_job(cfg).metrics.get(cfg.monitor)
+    except Preempted as stopped:
+        raise KeyboardInterrupt(str(stopped)) from stopped
+
+
+def trial_cell(cfg: DictConfig) -> Any:
+    """A train job as a trial: the objectives, or the exceptions that a sweeper knows."""
+    from optuna import TrialPruned
+
+    try:
+        check_root(cfg, "train")
+        return returned_by(train_job(cfg), cfg)
+    except Pruned as stopped:
+        raise TrialPruned(str(stopped)) from None
     except Preempted as stopped:
         raise KeyboardInterrupt(str(stopped)) from stopped
 

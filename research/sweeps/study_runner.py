@@ -29,10 +29,12 @@ from research.sweeps.grammar import quoted
 from research.sweeps.jobs import cache_cell, cache_is_complete, train_cell
 from research.sweeps.progress import StudyProgress
 from research.sweeps.secrets import refuse_secret_overrides
+from research.sweeps.sweep_cell import SweepCell
 from research.sweeps.traces_job import traces_are_complete, traces_cell
 from research.traces.manifest import MANIFEST_FILE
 
 TASKS: dict[str, TaskFunction] = {"train": train_cell, "cache": cache_cell, "traces": traces_cell}
+ROOTS = {"train": "train", "sweep": "train", "cache": "cache", "traces": "traces"}  # command -> its config
 QUIET = ("hydra/hydra_logging=disabled", "hydra/job_logging=quiet")
 QUIET_TRAIN = ("trainer.enable_progress_bar=false", "logger=none", "keep_checkpoints=false", "ckpt_path=last")
 
@@ -56,7 +58,14 @@ class Job:
         if not path.exists():
             return False
         record = read_record(path)
-        return record.status == "completed" and list(self.overrides) == record.overrides
+        return record.status == "completed" and self.is_of(record.overrides)
+
+    def is_of(self, recorded: Sequence[str]) -> bool:
+        """Whether recorded overrides are this job's; those of Hydra's own node stand in a sweep's record alone."""
+        if self.command != "sweep":
+            return list(self.overrides) == list(recorded)
+        begun = [text for text in self.overrides if not text.startswith("hydra")]
+        return sorted(recorded) == sorted(self.overrides) or list(recorded) == begun
 
 
 class StudyRunner:
@@ -130,6 +139,9 @@ class StudyRunner:
         return batch, waiting[len(batch) :]
 
     def _requirement_job(self, item: Requirement) -> Job:
+        if item.command not in TASKS:
+            told = f"{item.name} is a run of {item.command!r}; expected one of {', '.join(TASKS)}"
+            raise ConfigError(f"{self.study.path}: {told}")
         extra = self._extra if item.command == "train" else ()
         values = {f"requires.{name}": folder for name, folder in self._requirement_dirs.items()}
         overrides = fill_placeholders((*item.overrides, *extra), values)
@@ -140,13 +152,11 @@ class StudyRunner:
 
     def _cell_job(self, cell: Any) -> Job:
         overrides = [*cell.filled(self._requirement_dirs, self.runs_dir), *self._extra]
-        return self._job(cell.key, "train", overrides, self.runs_dir / cell.key)
+        return self._job(cell.key, self.study.command, overrides, self.runs_dir / cell.key)
 
     def _job(self, name: str, command: str, overrides: Sequence[str], folder: Path) -> Job:
-        if command not in TASKS:
-            raise ConfigError(f"{self.study.path}: {name} is a run of {command!r}; expected one of {', '.join(TASKS)}")
         where = {"cache": f"cache_dir={quoted(str(folder))}", "traces": f"store={quoted(str(folder))}"}
-        fixed = QUIET_TRAIN if command == "train" else (where[command],)
+        fixed = QUIET_TRAIN if ROOTS[command] == "train" else (where[command],)
         return Job(name, command, (*fixed, *overrides), folder)
 
     def _check(self, jobs: list[Job]) -> None:
@@ -155,10 +165,10 @@ class StudyRunner:
         for job in jobs:
             refuse_secret_overrides(job.overrides)
             try:
-                config = loader.load_configuration(job.command, list(job.overrides), run_mode=RunMode.RUN)
+                config = loader.load_configuration(ROOTS[job.command], list(job.overrides), run_mode=RunMode.RUN)
                 with open_dict(config):
                     del config["hydra"]
-                check_root(config, job.command)
+                check_root(config, ROOTS[job.command])
             except (HydraException, ConfigError) as error:
                 told = " ".join(f"{error} {error.__cause__ or ''}".split())
                 raise ConfigError(f"{self.study.path}: {job.name} does not compose: {told}") from None
@@ -210,12 +220,11 @@ class StudyRunner:
         loader = _hydra().config_loader
         sweep_dir = f"hydra.sweep.dir={quoted(str(self.runs_dir))}"
         config = loader.load_configuration(
-            config_name=command, overrides=[*QUIET, *self._launcher, sweep_dir], run_mode=RunMode.MULTIRUN
+            config_name=ROOTS[command], overrides=[*QUIET, *self._launcher, sweep_dir], run_mode=RunMode.MULTIRUN
         )
         context = HydraContext(config_loader=loader, callbacks=Callbacks())
-        return Plugins.instance().instantiate_launcher(
-            hydra_context=context, task_function=TASKS[command], config=config
-        )
+        task = SweepCell(context) if command == "sweep" else TASKS[command]
+        return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
 
 
 def changed_values(recorded: Mapping[str, Any], composed: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -235,7 +244,7 @@ def changed_values(recorded: Mapping[str, Any], composed: Mapping[str, Any], pre
 
 def _composed(job: Job) -> dict[str, Any]:
     """The config that a job would run with today, unresolved."""
-    config = _hydra().config_loader.load_configuration(job.command, list(job.overrides), run_mode=RunMode.RUN)
+    config = _hydra().config_loader.load_configuration(ROOTS[job.command], list(job.overrides), run_mode=RunMode.RUN)
     with open_dict(config):
         del config["hydra"]
     container: Any = OmegaConf.to_container(config, resolve=False)
@@ -258,7 +267,7 @@ def _set_aside_other_run(job: Job, *, outdated: bool = False) -> None:
     A run that was killed has no record yet, but a checkpoint that must not be gone on from with other overrides.
     """
     found = _overrides_of(job.folder)
-    if outdated or (job.command == "train" and found is not None and found != list(job.overrides)):
+    if outdated or (ROOTS[job.command] == "train" and found is not None and not job.is_of(found)):
         number = sum(1 for _ in job.folder.parent.glob(f"{job.folder.name}.other-*"))
         job.folder.rename(job.folder.with_name(f"{job.folder.name}.other-{number}"))
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from research.sweeps.trial_store import SweepTerms, TrialStore
 from research.sweeps.trial_work import SweepLimits, TrialWork, key_of
 
 log = logging.getLogger(__name__)
+MAPPINGS = ("objectives", "constraints", "params", "zipped", "fixed", "copy_from")
 DIRECTIONS = ("minimize", "maximize")
 QUIET = "hydra.job_logging.root.handlers=[file]"
 
@@ -37,8 +39,15 @@ def sweep(
     task: TaskFunction,
     config: DictConfig,
     launcher_for: Callable[[TaskFunction, DictConfig], Any],
-) -> list[Any]:
-    """Run a sweep, or go on with it, and write its report; returns the launcher's returns, launch by launch."""
+    *,
+    is_shown: bool = True,
+) -> tuple[list[Any], TrialStore]:
+    """Run a sweep, or go on with it, and write its report.
+
+    options   keywords of the sweeper, as :func:`normalised` gives them
+    is_shown  whether a display says how far it is, and its end what it left
+    Returns the launcher's returns, launch by launch, and the trials.
+    """
     import optuna
 
     refuse_in_a_rank()
@@ -75,9 +84,25 @@ def sweep(
     controller = SweepController(plan, work, task, lambda wrapped: launcher_for(wrapped, quiet), remembered)
     save_terms(terms, sweep_dir, _application(config))
     try:
-        return controller.run(watching_sweep)
+        return controller.run(watching_sweep if is_shown else lambda store, target: nullcontext()), work.store
     finally:
-        _report(work.store, sweep_dir, composer(loader, str(config.hydra.job.config_name)))
+        _report(work.store, sweep_dir, composer(loader, str(config.hydra.job.config_name)), is_shown)
+
+
+def normalised(options: Any) -> dict[str, Any]:
+    """A sweeper's keywords as plain containers, its mappings {} where they are null.
+
+    Hydra 1.3 gives config nodes, 1.4 plain containers.
+    """
+    items: Any = OmegaConf.to_container(options, resolve=True) if OmegaConf.is_config(options) else options
+    found = {str(key): _container(value) for key, value in items.items()}
+    return found | {key: found.get(key) or {} for key in MAPPINGS}
+
+
+def _container(value: Any) -> Any:
+    if OmegaConf.is_config(value):
+        return OmegaConf.to_container(value, resolve=True)
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def composer(loader: Any, config_name: str) -> Compose:
@@ -293,9 +318,11 @@ def _make_folder(sweep_dir: Path, config: DictConfig) -> None:
         ) from None
 
 
-def _report(store: TrialStore, sweep_dir: Path, compose: Compose) -> None:
+def _report(store: TrialStore, sweep_dir: Path, compose: Compose, is_shown: bool) -> None:
     """Write what there is to tell; a sweep whose report fails has still run."""
     try:
-        print(build_sweep_report(store, sweep_dir, compose))
+        told = build_sweep_report(store, sweep_dir, compose)
+        if is_shown:
+            print(told)
     except Exception:
         log.exception("the report of %s could not be written; `distill report %s` tries again", sweep_dir, sweep_dir)

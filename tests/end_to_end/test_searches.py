@@ -155,8 +155,8 @@ def test_divergence_and_share_runs(distill: Callable[..., Any], tmp_path: Path) 
         )  # fmt: skip
         assert done.code == 0, done.err
     done = distill(
-        "traces", "task=sum3", "template=plain", "source=reference", "data.num_problems=80", "filter=none", "explorer=false",
-        "store=traces", cwd=tmp_path,
+        "traces", "task=sum3", "template=plain", "source=reference", "data.num_problems=80", "filter=none",
+        "explorer=false", "store=traces", cwd=tmp_path,
     )  # fmt: skip
     assert done.code == 0, done.err
     done = distill(
@@ -175,3 +175,48 @@ def test_divergence_and_share_runs(distill: Callable[..., Any], tmp_path: Path) 
         assert bool(row.get("param:method.teacher_mixture_weight")) == is_jsd
     solutions = yaml.safe_load((folder / "optimization_results.yaml").read_text())["solutions"]
     assert solutions and len(list(folder.glob("pareto_*.yaml"))) == len(solutions)
+
+
+def test_a_study_of_sweeps_records_what_each_search_found(
+    distill: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    """`command: sweep`: every cell is a whole search, which a kill of the study does not begin again."""
+    folder = tmp_path / "experiments" / "searches"
+    folder.mkdir(parents=True)
+    (folder / "study.yaml").write_text(f"""
+study: searches
+command: sweep
+claim: none
+question: Does TPE find more than random search?
+base: [hydra/sweeper=optuna_study, {", ".join(f'"{one}"' for one in tiny)}, logger=none, "evaluation.splits=[val]",
+       "hydra.sweeper.params={{optimizer.lr: 'tag(log,interval(1e-4,1e-1))'}}", hydra.sweeper.n_trials=3,
+       "hydra.sweeper.sampler.seed={{seed}}", threads=1]
+arms:
+  tpe: [hydra/sweeper/sampler=tpe, hydra.sweeper.sampler.n_startup_trials=1]
+  random: [hydra/sweeper/sampler=random]
+seeds: [0, 1]
+metric: search/best
+lower_is_better: true
+comparison: {{kind: difference, baseline: random, treatment: tpe}}
+curves: [{{metric: search/best, against: flops}}]
+published: {{source: none}}
+budget: {{trials: 3}}
+""")
+    done = distill("study", str(folder), cwd=tmp_path)
+    assert done.code == 0, done.err
+    runs = tmp_path / "outputs" / "studies" / "searches" / "runs"
+    record = read_record(runs / "tpe" / "seed=1" / "run.json")
+    rows = rows_of(runs / "tpe" / "seed=1" / "sweep")
+    assert [row["state"] for row in rows] == ["complete"] * 3
+    best = min(rows, key=lambda row: float(row["value"]))
+    assert record.metrics["search/best"] == float(best["value"])
+    assert record.metrics["search/optimizer.lr"] == float(best["param:optimizer.lr"])
+    parts = [read_record(runs / "tpe/seed=1/sweep" / str(n) / "run.json").ledger["student_update"] for n in range(3)]
+    assert record.ledger["student_update"]["flops"] == sum(part["flops"] or 0 for part in parts)
+    curve = (runs / "tpe" / "seed=1" / "curve.csv").read_text().splitlines()
+    assert len(curve) == 4 and float(curve[-1].split(",")[1]) == record.ledger["student_update"]["flops"]
+    first = {s: rows_of(runs / "random" / f"seed={s}" / "sweep")[0]["param:optimizer.lr"] for s in (0, 1)}
+    assert first[0] != first[1], "every seed of the study has a sampler of its own"
+    before = (runs / "tpe/seed=1/run.json").stat().st_mtime_ns
+    again = distill("study", str(folder), cwd=tmp_path)
+    assert again.code == 0 and (runs / "tpe/seed=1/run.json").stat().st_mtime_ns == before
