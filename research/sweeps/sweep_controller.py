@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +17,19 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from research.errors import ConfigError
+from research.loops.signals import handled
 from research.sweeps.grammar import quoted
 from research.sweeps.sweep_study import await_tickets, beat_control, claim_control, open_study, tell_tickets
 from research.sweeps.trial_store import TrialStore
-from research.sweeps.trial_work import BatchTask, SweepLimits, TrialWork, WorkerTask, failed_jobs, worker_seed
+from research.sweeps.trial_work import (
+    BatchTask,
+    SweepLimits,
+    TrialWork,
+    WorkerTask,
+    as_ctrl_c,
+    failed_jobs,
+    worker_seed,
+)
 
 log = logging.getLogger(__name__)
 MODES = ("batch", "workers")
@@ -89,7 +99,7 @@ class SweepController:
                 self._copy_trials()
             self._top_up(target, goes_on)
             tell_tickets(self.store)
-            with watch(self.store, target):
+            with watch(self.store, target), handled({signal.SIGTERM: as_ctrl_c}):
                 returns = self._batches() if self.plan.mode == "batch" else self._workers()
         return returns
 

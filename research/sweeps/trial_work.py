@@ -124,7 +124,7 @@ class TrialWork:
 
         context = self._context(number, overrides, folder or self.folder(number))
         started = time.perf_counter()
-        with self.store.leased(number) as trial, handled({signal.SIGTERM: _as_ctrl_c}):
+        with self.store.leased(number) as trial, handled({signal.SIGTERM: as_ctrl_c}):
             trial.set_user_attr("folder", context.folder)
             trial.set_user_attr("host", os.uname().nodename)
             trial.set_user_attr("revision", _revision())
@@ -267,7 +267,8 @@ def worker_seed(seed: int | None, *parts: int) -> int | None:
     return int.from_bytes(hashlib.sha256(repr((seed, *parts)).encode()).digest()[:4])
 
 
-def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
+def as_ctrl_c(number: int, frame: FrameType | None) -> None:
+    """A handler that ends as Ctrl-C does: what is begun is told, and waits to be gone on with."""
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 

@@ -134,8 +134,13 @@ def test_kills_lose_no_finished_trial_and_count_none_twice(mode: str, kills: int
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_leaves_no_trial_running(number: signal.Signals, sweep: Callable[..., Sweep]) -> None:
-    search = sweep("x=interval(-5,5)", "sleep=0.6", "hydra.sweeper.n_trials=4")
+@pytest.mark.parametrize(
+    "launcher", [(), ("hydra/launcher=joblib", "hydra.launcher.n_jobs=1")], ids=["basic", "joblib"]
+)
+def test_a_stop_leaves_no_trial_running(
+    number: signal.Signals, launcher: tuple[str, ...], sweep: Callable[..., Sweep]
+) -> None:
+    search = sweep("x=interval(-5,5)", "sleep=0.6", "hydra.sweeper.n_trials=4", *launcher)
     process = search.start()
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (search.folder / "1" / "began.txt").exists():
