@@ -214,6 +214,7 @@ class OptunaStudyConf:
     direction     minimize or maximize, or a list of them
     objectives    name of a returned metric -> direction: for a task that returns a mapping; replaces `direction`
     constraints   name of a returned metric -> the greatest value that is feasible
+    hypervolume   of two objectives: name -> [worst, best]; the share of that box which the trials dominate is reported
     n_trials      trials of the study in the end; the same command again goes on to there
     n_jobs        trials at once; null: the launcher's own n_jobs, else 1; -1: one for each core
     mode          batch: n_jobs trials are launched and waited for together; workers: n_jobs workers take trials
@@ -242,6 +243,7 @@ class OptunaStudyConf:
     direction: Any = "minimize"
     objectives: Any = None
     constraints: Any = None
+    hypervolume: Any = None
     n_trials: int = 20
     n_jobs: int | None = None
     mode: str = "batch"

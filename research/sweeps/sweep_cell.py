@@ -97,6 +97,7 @@ def search_metrics(store: TrialStore) -> dict[str, float]:
 
     search/best              the best trial's (first) objective; search/best_trial: its number
     search/<name>            the best trial's value of every searched number
+    search/hypervolume       of two objectives with a box: the share of it that the trials dominate
     search/complete, pruned, failed   trials that ended so; search/seconds: of all of them
     """
     counts, best = store.counts(), store.best_trials()
@@ -109,6 +110,8 @@ def search_metrics(store: TrialStore) -> dict[str, float]:
     if not best:
         return found
     found |= {"search/best": float(best[0].values[0]), "search/best_trial": float(best[0].number)}
+    volume = store.hypervolume()
+    found |= {} if volume is None else {"search/hypervolume": volume}
     numbers = {k: v for k, v in best[0].params.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     return found | {f"search/{name}": float(value) for name, value in numbers.items()}
 

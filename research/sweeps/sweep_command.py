@@ -27,7 +27,7 @@ from research.sweeps.trial_store import SweepTerms, TrialStore
 from research.sweeps.trial_work import SweepLimits, TrialWork, key_of
 
 log = logging.getLogger(__name__)
-MAPPINGS = ("objectives", "constraints", "params", "zipped", "fixed", "copy_from")
+MAPPINGS = ("objectives", "constraints", "hypervolume", "params", "zipped", "fixed", "copy_from")
 DIRECTIONS = ("minimize", "maximize")
 QUIET = "hydra.job_logging.root.handlers=[file]"
 
@@ -153,6 +153,7 @@ def _terms(options: Mapping[str, Any], space: SearchSpace, sweep_dir: Path, conf
         directions=directions,
         objectives=objectives,
         constraints={str(key): float(bound) for key, bound in options["constraints"].items()},
+        box=_box(options["hypervolume"], objectives),
         sampler=sampler,
         pruner=pruner,
         fixed=space.check_point(options["fixed"], "fixed"),
@@ -161,6 +162,18 @@ def _terms(options: Mapping[str, Any], space: SearchSpace, sweep_dir: Path, conf
         max_attempts=int(options["max_attempts"]),
         retries=int(options["retries"]),
     )
+
+
+def _box(given: Mapping[str, Any], objectives: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Worst and best of both objectives, by which a hypervolume is measured."""
+    if given and (set(given) != set(objectives) or len(objectives) != 2):
+        raise ConfigError(
+            f"hydra.sweeper.hypervolume names {', '.join(map(str, given))}; give [worst, best] of the two objectives"
+        )
+    box = {str(name): (float(ends[0]), float(ends[1])) for name, ends in given.items()}
+    if any(worst == best for worst, best in box.values()):
+        raise ConfigError(f"hydra.sweeper.hypervolume is {given}; worst and best must differ")
+    return box
 
 
 def _objectives(options: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -34,6 +34,7 @@ class SweepTerms:
     objectives     names of the metrics that a task returns in a mapping; empty: it returns the values themselves
     directions     minimize or maximize, one for each objective
     constraints    name of a returned metric -> the greatest value with which a trial is feasible
+    box            name of an objective -> its worst and best value that matter; see :meth:`TrialStore.hypervolume`
     lease_s        seconds between the signs of life of a running trial
     stale_s        seconds without one after which a trial of another machine counts as interrupted
     max_attempts   how often an interrupted trial is begun before it has failed
@@ -45,6 +46,7 @@ class SweepTerms:
     directions: tuple[str, ...] = ("minimize",)
     objectives: tuple[str, ...] = ()
     constraints: Mapping[str, float] = field(default_factory=dict)
+    box: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     sampler: Mapping[str, Any] = field(default_factory=lambda: {"name": "random"})
     pruner: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -144,6 +146,21 @@ class TrialStore:
             numbers = {trial.number for trial in study.best_trials}
             return [trial for position, trial in enumerate(done) if position in numbers]
         return sorted(done, key=lambda trial: (signs[0] * trial.values[0], trial.number))[:1]
+
+    def hypervolume(self) -> float | None:
+        """The share of the box from worst to best of two objectives that the trials dominate; None without a box."""
+        names = self.terms.objectives
+        if len(names) != 2 or set(self.terms.box) != set(names):
+            return None
+        points = []
+        for trial in self.best_trials():
+            (x, y) = (_scaled(value, *self.terms.box[name]) for name, value in zip(names, trial.values, strict=True))
+            points.append((x, y))
+        area, reached = 0.0, 0.0
+        for x, y in sorted(points, reverse=True):  # from the best of the first objective on
+            area += x * max(0.0, y - reached)
+            reached = max(reached, y)
+        return area
 
     # -- making and taking --------------------------------------------------------------------------------------------
 
@@ -374,6 +391,11 @@ def _suggest(trial: "Trial", parameter: Parameter) -> Any:
         step = int(parameter.step or 1)
         return trial.suggest_int(parameter.name, int(parameter.low), int(parameter.high), step=step, log=parameter.log)
     return trial.suggest_float(parameter.name, parameter.low, parameter.high, step=parameter.step, log=parameter.log)
+
+
+def _scaled(value: float, worst: float, best: float) -> float:
+    """Where a value lies between worst (0) and best (1), whichever of them is greater."""
+    return min(1.0, max(0.0, (value - worst) / (best - worst)))
 
 
 def _is_feasible(trial: "FrozenTrial") -> bool:

@@ -143,6 +143,23 @@ def test_objectives_are_picked_by_name_and_constraints_are_kept(tmp_path: Path) 
     assert "no cost/flops" in store.trial(4).user_attrs["reason"]
 
 
+def test_a_hypervolume_is_the_share_of_the_box_that_is_dominated(tmp_path: Path) -> None:
+    """By hand: accuracies .5, .8 at costs 20, 60 of 100 dominate .5 x .8 + (.8 - .5) x .4 of the box."""
+    terms: dict[str, Any] = {
+        "objectives": ("accuracy", "cost"), "directions": ("maximize", "minimize"),
+        "box": {"accuracy": (0.0, 1.0), "cost": (100.0, 0.0)},
+    }  # fmt: skip
+    store = store_of(spec_of("journal", tmp_path), **terms)
+    store.add_tickets([None] * 4)
+    assert store.hypervolume() == 0.0
+    for accuracy, cost in ((0.5, 20), (0.8, 60), (0.4, 70), (0.9, 300)):
+        trial = store.take(space_of(), 0)
+        assert trial is not None
+        store.complete(trial.number, {"accuracy": accuracy, "cost": cost})
+    assert store.hypervolume() == pytest.approx(0.5 * 0.8 + 0.3 * 0.4)
+    assert TrialStore(SweepTerms(storage=store.terms.storage, name="sweep")).hypervolume() is None
+
+
 def test_a_failed_point_is_tried_again_as_often_as_allowed(tmp_path: Path) -> None:
     store = store_of(spec_of("journal", tmp_path), retries=2)
     store.add_tickets([None])
