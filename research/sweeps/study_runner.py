@@ -21,7 +21,7 @@ from omegaconf import OmegaConf, open_dict
 from research.errors import ConfigError, Preempted
 from research.loops.signals import handled
 from research.results.collect import collect
-from research.results.record import read_record
+from research.results.record import json_ready, read_record
 from research.results.study import Requirement, Study, cells, fill_placeholders, requirements, stages
 from research.results.study_file import read_study
 from research.schemas import check_root
@@ -230,14 +230,15 @@ class StudyRunner:
 def changed_values(recorded: Mapping[str, Any], composed: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The keys, in both configs, whose values differ: what a YAML file that was edited since would change in a run.
 
-    Keys that only one of them has say nothing of the run, and values that interpolate are resolved in a run alone.
+    Keys that only one of them has say nothing of the run, values that interpolate are resolved in a run alone, and a
+    record holds infinity as a word.
     """
     changed = []
     for key in recorded.keys() & composed.keys():
         old, new = recorded[key], composed[key]
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             changed += changed_values(old, new, f"{prefix}{key}.")
-        elif old != new and not (isinstance(new, str) and "${" in new):
+        elif old != json_ready(new) and not (isinstance(new, str) and "${" in new):
             changed.append(f"{prefix}{key}")
     return sorted(changed)
 

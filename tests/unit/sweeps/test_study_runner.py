@@ -1,6 +1,7 @@
 """Which cells are finished, which are another study's, and what order requirements run in."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,4 +169,6 @@ def test_values_that_a_file_changed_are_named() -> None:
     composed = {"trainer": {"max_epochs": 12, "precision": "bf16-mixed"}, "seed": 0, "new": 2}
     assert changed_values(recorded, composed) == ["trainer.max_epochs"]
     assert changed_values(recorded, recorded) == []
+    assert changed_values({"bound": "inf", "pair": [1.0, "inf"]}, {"bound": math.inf, "pair": [1.0, math.inf]}) == []
+    assert changed_values({"bound": "inf"}, {"bound": 2.0}) == ["bound"]
     assert changed_values({"dir": "outputs/a"}, {"dir": "${paths.output_dir}/a"}) == []
