@@ -19,13 +19,20 @@ _METRIC_TITLES = {
 
 
 def summaries(study: Study, panel: Panel) -> dict[str, ArmSummary | None]:
-    """Group (``arm`` or ``arm/factor=level,...``) -> the metric over its completed seeds; None without one."""
-    groups: dict[str, list[float]] = {}
+    """Group (``arm`` or ``arm/factor=level,...``) -> the metric over its completed seeds; None without one.
+
+    An arm that was not measured so at all, as one that others go on from, has none; raises StudyError where some of its
+    runs have the metric and others have not, and where no run has it.
+    """
+    groups: dict[str, list[str]] = {}
     for cell in panel.cells:
-        values = groups.setdefault(cell.key.rpartition("/")[0], [])
-        if cell.key in panel.records:
-            values.append(panel.metric(cell.key, study.metric))
-    return {key: summarise(values) if values else None for key, values in groups.items()}
+        groups.setdefault(cell.key.rpartition("/")[0], []).extend([cell.key] if cell.key in panel.records else [])
+    measured = {name for name, keys in groups.items() for key in keys if study.metric in panel.records[key]["metrics"]}
+    values = {
+        name: [panel.metric(key, study.metric) for key in keys] if name in measured or not measured else []
+        for name, keys in groups.items()
+    }
+    return {name: summarise(found) if found else None for name, found in values.items()}
 
 
 def plot_of(study: Study, panel: Panel, verdict: str, sentence: str) -> Plot:
@@ -105,7 +112,9 @@ def _lines(study: Study, panel: Panel, axis: str) -> Plot:
 def _points(study: Study, panel: Panel, points: Mapping[str | None, list[str]]) -> list[Plot]:
     found = []
     for label, keys in points.items():
-        values = [panel.metric(key, study.metric) for key in keys if key in panel.records]
+        ran = [key for key in keys if key in panel.records]
+        is_measured = any(study.metric in panel.records[key]["metrics"] for key in ran)
+        values = [panel.metric(key, study.metric) for key in ran] if is_measured else []
         if values:
             found.append(
                 {"x": None if label is None else float(label), "label": label, "summary": asdict(summarise(values))}

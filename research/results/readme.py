@@ -127,7 +127,8 @@ def _arms_table(study: Study, arms: Mapping[str, ArmSummary | None], rows: Seque
     for key, summary in arms.items():
         found = by_group.get(key, [])
         if summary is None:
-            lines.append(f"| {key} | 0 |  |  |  |  |  |  |")
+            costs = _cost_cells(found) if found else " |  | "
+            lines.append(f"| {key} | {len(found)} |  |  |  | {costs} |")
             continue
         interval = f"[{number(summary.low)}, {number(summary.high)}]" if summary.low is not None else ""
         sd = number(summary.sd) if summary.sd is not None else ""

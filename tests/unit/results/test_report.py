@@ -340,3 +340,27 @@ def test_a_report_of_the_same_files_is_not_made_again_and_of_other_records_is(wo
     assert (folder / "report.sha256").read_text() != stamp
     after = json.loads((folder / "verdict.json").read_text())
     assert after["arms"]["soft"]["n"] == verdict["arms"]["soft"]["n"] - 1
+
+
+def test_an_arm_that_was_not_measured_so_is_blank_and_one_that_was_in_part_is_refused(workshop, study_text) -> None:
+    """As an arm that others go on from, or one whose variant has another name; a typing error is still told."""
+    study = workshop.study(study_text.replace("\narms:\n", "\narms:\n  begun: []\n"))
+    workshop.fill(study, {"hard": 40, "soft": 15, "begun": 30})
+    for cell in (cell for cell in cells(study) if cell.arm == "begun"):
+        _without_metric(workshop.runs / cell.key)
+    collect(study, workshop.runs)
+    build_report(study.path.parent)
+    line = next(text for text in (study.path.parent / "README.md").read_text().splitlines() if "| begun |" in text)
+    assert line.split("|")[2:6] == [" 6 ", "  ", "  ", "  "]
+
+    first = next(cell for cell in cells(study) if cell.arm == "soft")
+    _without_metric(workshop.runs / first.key)
+    collect(study, workshop.runs)
+    with pytest.raises(StudyError, match=f"{first.key}: its record has no metric"):
+        build_report(study.path.parent)
+
+
+def _without_metric(folder: Path) -> None:
+    record = json.loads((folder / "run.json").read_text())
+    del record["metrics"]["test/errors"]
+    (folder / "run.json").write_text(json.dumps(record))
