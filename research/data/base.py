@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from research.data.loader import TensorLoader
-from research.data.resume import TrainerPlace
+from research.data.schedule import share_of_rank, training_schedule
 from research.data.selection import Example, Selection, kept_classes, select_examples
 from research.data.splits import (
     DataError,
@@ -177,20 +177,14 @@ class AbstractClassData(L.LightningDataModule, ABC):
 
         Under ``overfit_batches`` the order is fixed, so that the same first batches come in every epoch.
         """
-        trainer = self.trainer
-        rows, micro_batches = self._get("train"), 1 if trainer is None else trainer.accumulate_grad_batches
+        rows = self._get("train")
         return TensorLoader(
             rows.inputs,
             rows.label_N,
             rows.index_N,
             batch_size=self.batch_size,
-            micro_batches=micro_batches,
-            rank=0 if trainer is None else trainer.global_rank,
-            world_size=1 if trainer is None else trainer.world_size,
-            seed=self.seed,
-            shuffle=not getattr(trainer, "overfit_batches", 0),  # set from outside Trainer.__init__: mypy cannot see it
             view=self.view,
-            where=None if trainer is None else TrainerPlace(trainer, micro_batches),
+            **training_schedule(self.trainer, self.seed),
         )
 
     def val_dataloader(self) -> TensorLoader | list[TensorLoader]:
@@ -299,12 +293,6 @@ class AbstractClassData(L.LightningDataModule, ABC):
         raise ValueError(f"split={split!r}: give one of {', '.join(SPLITS)}")
 
     def _evaluation_loader(self, split: Split) -> TensorLoader:
-        rows, trainer = self._get(split), self.trainer
-        return TensorLoader(
-            rows.inputs,
-            rows.label_N,
-            rows.index_N,
-            batch_size=self.batch_size if trainer is None else max(self.batch_size, trainer.world_size),
-            rank=0 if trainer is None else trainer.global_rank,
-            world_size=1 if trainer is None else trainer.world_size,
-        )
+        rows, share = self._get(split), share_of_rank(self.trainer)
+        size = max(self.batch_size, share["world_size"])
+        return TensorLoader(rows.inputs, rows.label_N, rows.index_N, batch_size=size, **share)

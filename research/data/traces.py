@@ -3,35 +3,27 @@
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
 
+from research.data.codecs import Codecs
 from research.data.modes import Modes
 from research.data.prompt_loader import PromptLoader
-from research.data.resume import TrainerPlace
-from research.data.splits import DataError
+from research.data.prompts import posed, stored_rows
+from research.data.schedule import share_of_rank, training_schedule
 from research.data.token_loader import TokenLoader
+from research.data.train_documents import train_documents
+from research.data.train_traces import TrainTraces
 from research.errors import ConfigError
-from research.records import Problem, PromptRow, StoredRow, Trace, Verdict
+from research.records import Problem, PromptRow, StoredRow, Trace
 from research.tasks.base import AbstractTask, Split
-from research.tasks.released import Released, read_released
 from research.text.codec import Codec
 from research.text.document import Document
-from research.text.formats import TRACE_FORMATS, arrange
-from research.text.refusals import EmptyChain, Refused, TooLong
+from research.text.formats import TRACE_FORMATS
 from research.text.template import AbstractTemplate
-from research.text.tokenizer import build_tokenizer, tokenizer_sha256
-from research.traces.mixture import Mixture, training_mixture
-from research.traces.reading import read_traces
-
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
-RELEASED_PREFIX = "released:"
-HELD_OUT = "held_out"  # a trace of a problem that validation or test poses
+from research.text.tokenizer import tokenizer_sha256
 
 
 class TraceData(L.LightningDataModule):
@@ -108,60 +100,46 @@ class TraceData(L.LightningDataModule):
             raise ConfigError(f"data.num_train is {num_train}; expected at least 1, or null for all")
         if trace_format not in TRACE_FORMATS:
             raise ConfigError(f"data.trace_format is {trace_format!r}; expected one of {', '.join(TRACE_FORMATS)}")
-        if mixture is not None and store is not None:
-            raise ConfigError(f"data.store is {store!r} and data.mixture is set; give one of them")
-        if mixture is not None and not mixture:
-            raise ConfigError("data.mixture is empty; give [{store: FOLDER, weight: W}, ..], or null for none")
         self.modes = Modes(modes, mode, trace_format, format_seed)
         self.task, self.seed, self.batch_size = task, seed, batch_size
         self.trace_format, self.packed_to, self.length_grouping = trace_format, packed_to, length_grouping
-        self._template, self._store, self._teacher_template = template, store, teacher_template
         self.num_prompts, self.steps_per_rollout, self.num_stored = num_prompts, steps_per_rollout, num_stored
-        self._teacher_codec: Codec | None = None
-        self._parts, self._mixture_seed = mixture, mixture_seed
-        self._mixture: Mixture | None = None
+        self.max_tokens, self._prompt_loss_weight = max_tokens, prompt_loss_weight
         self._num = {"train": num_train, "val": num_val, "test": num_test}
         self._problem_seed, self._format_seed = problem_seed, format_seed
-        self._tokenizer_kind, self._vocab_size = tokenizer, vocab_size
-        self.max_tokens, self._prompt_loss_weight = max_tokens, prompt_loss_weight
+        self._source = TrainTraces(
+            task, store, mixture, mixture_seed, num_train, answers_alone=trace_format == "answer_only"
+        )
+        self._codecs = Codecs(
+            task,
+            template,
+            teacher_template,
+            self.modes,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            texts=self._texts,
+            trace_format=trace_format,
+            max_tokens=max_tokens,
+            prompt_loss_weight=prompt_loss_weight,
+        )
         self._problems: dict[Split, list[Problem]] = {}
         self._documents: dict[Split, list[Document]] = {}
         self._skipped: dict[Split, Counter[str]] = {}
-        self._unread: Counter[str] = Counter()
-        self._released: Released | None = None
         self._traces: list[Trace] | None = None
         self._prompts: list[PromptRow] | None = None
         self._refused_prompts: Counter[str] = Counter()
-        self._codec: Codec | None = None
 
     # -- what is there ------------------------------------------------------------------------------------------------
 
     @property
     def codec(self) -> Codec:
         """The one place that turns problems and traces into ids and back, for training and generation alike."""
-        if self._codec is None:
-            codec = self._codec_of(self._build_tokenizer(), self._template)
-            self._codec = codec.marked(self.modes.mark(codec.template))
-        return self._codec
+        return self._codecs.student
 
     @property
     def teacher_codec(self) -> Codec:
         """The codec under the teacher's own template: the same tokens, other words around a problem."""
-        if self._teacher_template is None:
-            return self.codec
-        if self._teacher_codec is None:
-            self._teacher_codec = self._codec_of(self.codec.tokenizer, self._teacher_template)
-        return self._teacher_codec
-
-    def _codec_of(self, tokenizer: Any, template: Any) -> Codec:
-        return Codec(
-            tokenizer,
-            template(tokenizer=tokenizer) if isinstance(template, partial) else template,
-            trace_format=self.trace_format,
-            max_tokens=self.max_tokens,
-            prompt_loss_weight=self._prompt_loss_weight,
-            allow_empty_chain=self.modes.mixture is not None,
-        )
+        return self._codecs.teacher
 
     @property
     def has_val(self) -> bool:
@@ -170,13 +148,7 @@ class TraceData(L.LightningDataModule):
 
     def facts(self) -> dict[str, Any]:
         """What a language model must fit: sizes and special ids of the tokenizer, and its identity."""
-        codec = self.codec
-        return {
-            "vocab_size": codec.vocab_size,
-            "eos_token_id": list(codec.eos_ids) if len(codec.eos_ids) > 1 else codec.eos_ids[0],
-            "pad_token_id": codec.pad_id,
-            "tokenizer_sha256": tokenizer_sha256(codec.tokenizer),
-        }
+        return self.codec.facts()
 
     @property
     def num_validation(self) -> int:
@@ -186,9 +158,7 @@ class TraceData(L.LightningDataModule):
     def with_traces(self, traces: Sequence[Trace], seed: int) -> "TraceData":
         """The same data with other traces to train on, in an order of ``seed``; problems and codec are shared."""
         other = copy.copy(self)
-        other.seed, other._traces, other._store = seed, list(traces), None
-        other._parts, other._mixture = None, None
-        other._unread = Counter()
+        other.seed, other._traces, other._source = seed, list(traces), TrainTraces(self.task)
         kept: dict[Split, list[Document]] = {"val": self.documents("val")}
         other._documents, other._skipped = kept, {"val": self._skipped["val"]}
         return other
@@ -203,60 +173,34 @@ class TraceData(L.LightningDataModule):
     def traces(self) -> list[Trace]:
         """The train traces as they are stored, before the trace format rearranges them."""
         if self._traces is None:
-            if self._parts is not None:
-                self._mixture = training_mixture(self._parts, self._num["train"], self._mixture_seed)
-                self._traces = list(self._mixture)
-            elif self._store:
-                self._traces = self._read_store()
-            else:
-                self._traces = [reference_trace(problem) for problem in self.problems("train")]
-            if not self._traces:
-                raise DataError(f"no trace to train on in {self._store or self.task.name}")
+            self._traces = self._source.read(lambda: self.problems("train"))
         return self._traces
 
     def documents(self, split: Split) -> list[Document]:
         """The encoded documents of a split; what could not be encoded is counted in :meth:`summary`."""
         if split not in self._documents:
-            traces = self.traces() if split == "train" else self._references(split)
-            given, codec = len(traces), self.codec
-            if split != "train":
-                traces = [self.modes.reference(trace) for trace in traces]
             if split == "train":
-                posed = self._not_held_out(traces)
-                kept = [place for place in posed if self.modes.takes(traces[place])]
-                codec = codec.marked("")  # the traces bring their marks along
-                separator = getattr(self.task, "step_separator", self.codec.template.step_separator)
-                arranged = arrange([traces[place] for place in kept], self.trace_format, self._format_seed, separator)
-                traces = [replace(trace, index=place) for place, trace in zip(kept, arranged, strict=True)]
-                traces = self.modes.training(traces, codec.template)
-            documents, skipped = codec.encode_all(traces)
-            if split == "train":
-                skipped += self._unread + Counter({HELD_OUT: given - len(posed)})
-                skipped += Counter({EmptyChain.reason: len(posed) - len(kept)})
+                documents, skipped = self._train_documents()
+            else:
+                references = self._source.references(split, self.problems(split))
+                documents, skipped = self.codec.encode_all([self.modes.reference(trace) for trace in references])
             self._documents[split], self._skipped[split] = documents, skipped
-            if split == "train" and not documents:
-                told = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-                raise DataError(f"none of {given} traces can be encoded as {self.trace_format}: {told}")
         return self._documents[split]
 
-    def _references(self, split: Split) -> list[Trace]:
-        """The solutions of a held-out split: the task's own; where it has none, the first of each in a release."""
-        references = [reference_trace(problem) for problem in self.problems(split)]
-        if not str(self._store).startswith(RELEASED_PREFIX) or any(trace.chain for trace in references):
-            return references
-        released: dict[int, Trace] = {}
-        for trace in self._read_release()[0].traces[split]:
-            released.setdefault(trace.index, trace)
-        return [released.get(trace.index, trace) for trace in references]
+    def _train_documents(self) -> tuple[list[Document], Counter[str]]:
+        return train_documents(
+            self.traces(),
+            self.codec,
+            self.modes,
+            trace_format=self.trace_format,
+            format_seed=self._format_seed,
+            separator=getattr(self.task, "step_separator", self.codec.template.step_separator),
+            held_out=[*self.problems("val"), *self.problems("test")],
+            unread=self._source.unread,
+        )
 
-    def _not_held_out(self, traces: list[Trace]) -> list[int]:
-        """Places of the traces whose problem is none of validation or test.
-
-        Problems are compared by their words: a store of other people's traces does not know this task's splits.
-        """
-        asked = [*self.problems("val"), *self.problems("test")]
-        held_out = {_words(problem.text) for problem in asked}
-        return [place for place, trace in enumerate(traces) if _words(trace.problem) not in held_out]
+    def _texts(self) -> Iterator[str]:
+        return (f"{one.problem}\n{one.chain}\n{one.answer}" for one in self.traces())
 
     def prompts(self) -> list[PromptRow]:
         """Every train problem as the student and the teacher are asked it; see :meth:`summary` for what was refused.
@@ -264,36 +208,13 @@ class TraceData(L.LightningDataModule):
         Raises DataError where there is no problem at all, or none that can be asked.
         """
         if self._prompts is None:
-            rows, refused = [], Counter[str]()
-            for problem in self.problems("train"):
-                try:
-                    ids = self.codec.prompt_ids(problem.text)
-                    teacher_ids = ids if self._teacher_template is None else self.teacher_codec.prompt_ids(problem.text)
-                except Refused as error:
-                    refused[error.reason] += 1
-                    continue
-                if len(ids) >= self.max_tokens:
-                    refused[TooLong.reason] += 1
-                    continue
-                rows.append(PromptRow(problem, tuple(ids), tuple(teacher_ids)))
-            if not rows:
-                told = ", ".join(f"{count} {reason}" for reason, count in refused.items()) or "there is none"
-                raise DataError(
-                    f"no train problem of {self.task.name} can be posed ({told}): raise data.num_train or "
-                    "data.max_tokens, or take another template or tokenizer"
-                )
-            self._prompts, self._refused_prompts = rows, refused
+            problems = self.problems("train")
+            self._prompts, self._refused_prompts = posed(problems, self.codec, self.teacher_codec, self.task.name)
         return self._prompts
 
     def stored_rows(self) -> list[StoredRow]:
         """The train documents beside the prompts, each with the prompt that the teacher would have read instead."""
-        rows = []
-        for document in self.documents("train"):
-            prompt = document.ids[: document.prompt_length]
-            if self._teacher_template is not None:
-                prompt = tuple(self.teacher_codec.prompt_ids(self.traces()[document.index].problem))
-            rows.append(StoredRow(document.ids, document.prompt_length, document.index, prompt))
-        return rows
+        return stored_rows(self.documents("train"), self.traces(), self.codec, self.teacher_codec)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and encode what training and validation need; test problems are drawn when they are asked for."""
@@ -311,16 +232,7 @@ class TraceData(L.LightningDataModule):
 
     def train_dataloader(self) -> TokenLoader | PromptLoader:
         """Train documents or prompts, shuffled, cut for the trainer's ranks and accumulation."""
-        trainer = self.trainer
-        micro_batches = 1 if trainer is None else trainer.accumulate_grad_batches
-        schedule: dict[str, Any] = {
-            "micro_batches": micro_batches,
-            "rank": 0 if trainer is None else trainer.global_rank,
-            "world_size": 1 if trainer is None else trainer.world_size,
-            "seed": self.seed,
-            "shuffle": not getattr(trainer, "overfit_batches", 0),
-            "where": None if trainer is None else TrainerPlace(trainer, micro_batches),
-        }
+        schedule = training_schedule(self.trainer, self.seed)
         if self.num_prompts:
             return PromptLoader(
                 self.prompts(),
@@ -337,19 +249,16 @@ class TraceData(L.LightningDataModule):
         """The reference documents of the validation problems, this rank's share; an empty list where there are none."""
         if not self.documents("val"):
             return []
-        trainer = self.trainer
-        world_size = 1 if trainer is None else trainer.world_size
-        rank = 0 if trainer is None else trainer.global_rank
-        return self._loader("val", batch_size=max(256, world_size), rank=rank, world_size=world_size)
+        share = share_of_rank(self.trainer)
+        return self._loader("val", batch_size=max(256, share["world_size"]), **share)
 
     def loader(self, split: Split, *, batch_size: int | None = None) -> TokenLoader:
         """The documents of a whole split in order, once per epoch."""
         return self._loader(split, batch_size=self.batch_size if batch_size is None else batch_size)
 
     def _loader(self, split: Split, **options: Any) -> TokenLoader:
-        codec = self.codec
         weight = self._prompt_loss_weight
-        return TokenLoader(self.documents(split), pad_id=codec.pad_id, prompt_loss_weight=weight, **options)
+        return TokenLoader(self.documents(split), pad_id=self.codec.pad_id, prompt_loss_weight=weight, **options)
 
     # -- identity -----------------------------------------------------------------------------------------------------
 
@@ -384,56 +293,6 @@ class TraceData(L.LightningDataModule):
             "task": self.task.name,
             "trace_format": self.trace_format,
             "tokenizer": tokenizer_sha256(self.codec.tokenizer),
-            "store": None if self._store is None else Path(self._store).name,
-        } | ({"mixture": self._mixed()} if self._mixture is not None else {})
-
-    def _mixed(self) -> dict[str, dict[str, int]]:
-        taken = {} if self._mixture is None else self._mixture.summary()
-        used = Counter(self.traces()[document.index].details["source"] for document in self.documents("train"))
-        return {name: {"traces": count, "documents": used[name]} for name, count in taken.items()}
-
-    def _build_tokenizer(self) -> Any:
-        kind = self._tokenizer_kind
-        if kind == "characters":
-            if self.task.alphabet is None:
-                raise ConfigError(
-                    f"data.tokenizer is characters, but {self.task.name} has open text; give bpe or a pretrained folder"
-                )
-            written = [getattr(template, "alphabet", "") for template in (self._template, self._teacher_template)]
-            written.append(self.modes.alphabet(self._template, self.task.alphabet))
-            return build_tokenizer(kind, alphabet="".join(sorted({*self.task.alphabet, *"".join(written)})))
-        if kind == "bpe":
-            texts = (f"{t.problem}\n{t.chain}\n{t.answer}" for t in self.traces())
-            return build_tokenizer(kind, texts=texts, vocab_size=self._vocab_size)
-        return build_tokenizer(kind)
-
-    def _read_store(self) -> list[Trace]:
-        store, num = str(self._store), self._num["train"]
-        if not store.startswith(RELEASED_PREFIX):
-            return read_traces(Path(store), num=num, allow_empty_chain=self.trace_format == "answer_only")
-        released, which = self._read_release()
-        self._unread = Counter(released.skipped["train"])
-        traces = [t for t in released.traces["train"] if not which or t.details["verdict"] == Verdict.CORRECT]
-        self._unread["wrong_answer"] += len(released.traces["train"]) - len(traces)
-        return traces[:num]
-
-    def _read_release(self) -> tuple[Released, str]:
-        """The release that the store names, and which of its traces are asked for: "" (all) or "correct"."""
-        name, _, which = str(self._store).removeprefix(RELEASED_PREFIX).partition(":")
-        if which not in ("", "correct"):
-            raise ConfigError(f"data.store is {self._store!r}; expected released:NAME or released:NAME:correct")
-        if self._released is None:
-            self._released = read_released(name)
-        if self._released.task.name != self.task.name:
-            told = f"traces of {self._released.task.name}; the task is {self.task.name}"
-            raise ConfigError(f"data.store is {self._store!r}, {told}")
-        return self._released, which
-
-
-def _words(text: str) -> str:
-    return " ".join(text.split()).casefold()
-
-
-def reference_trace(problem: Problem) -> Trace:
-    """The task's own solution of a problem, as a trace."""
-    return Trace(problem.text, problem.chain, problem.answer, problem.index, details={"origin": "reference"})
+            "store": self._source.store_name,
+            **self._source.mixed(documents),
+        }

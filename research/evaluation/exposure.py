@@ -1,6 +1,6 @@
 """Exposure bias: how far student and teacher are apart on prefixes that the teacher wrote, and on the student's own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,7 +92,7 @@ def _distances(
     for start in range(0, len(problems), BATCH_ROWS):
         rows = problems[start : start + BATCH_ROWS]
         student_NV, teacher_NV = (
-            _logits(network, own, rows, written)[:, : codec.vocab_size]
+            completion_logits(network, own, rows, written)[:, : codec.vocab_size]
             for network, own in ((student, codec), (teacher, teacher_codec))
         )
         place_N = torch.cat([torch.arange(len(written[problem.index].ids)) for problem in rows])
@@ -103,7 +103,13 @@ def _distances(
 
 
 @torch.no_grad()
-def _logits(network: nn.Module, codec: Codec, rows: Sequence[Problem], written: dict[int, Completion]) -> Tensor:
+def completion_logits(
+    network: nn.Module, codec: Codec, rows: Sequence[Problem], written: Mapping[int, Completion]
+) -> Tensor:
+    """Float32 logits [N, V] that predict each token of the problems' completions, row after row.
+
+    written  index of a problem -> what was written to it; its ids are read behind the prompt of this ``codec``
+    """
     documents = []
     for problem in rows:
         prompt = codec.prompt_ids(problem.text)

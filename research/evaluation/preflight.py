@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from research.data.traces import TraceData, reference_trace
+from research.data.traces import TraceData
+from research.data.train_traces import reference_trace
 from research.evaluation import preflight_text as text
 from research.evaluation.completions import score, write_completions
 from research.evaluation.findings import LEVELS, Finding, ok, refusal, skipped, warning

@@ -16,6 +16,7 @@ from research.models.modes import eval_mode, parameters_as
 from research.models.weights import weights_sha256
 from research.records import Completion, Sampling
 from research.seeding import rng_for, seed_for
+from research.text.codec import Codec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,7 +33,8 @@ class LocalGenerator(AbstractGenerator):
     batch_rows  completions that grow together. It changes speed and memory; completions only by rounding
     device      where to move the model; None: where it is
     dtype       float32, bfloat16 or float16: to round the weights to while a batch grows; None: as they are
-    vocab_size  tokens that may be drawn, where the head is padded with rows that stand for none; None: all rows
+    vocab_size  tokens that may be drawn: the rows of a padded head above them stand for none. None: those that the
+                tokenizer has; all rows, where it does not tell
 
     Every completion draws from its own stream of (seed, prompt's index, sample number): neither the other prompts nor
     their order nor ``batch_rows`` change it, and a larger ``max_new_tokens`` only goes on where a smaller one stopped.
@@ -68,7 +70,8 @@ class LocalGenerator(AbstractGenerator):
         self._decode_ids = tokenizer.decode
         self._eos_ids = frozenset(_eos_ids_of(tokenizer) if eos_ids is None else eos_ids)
         self._pad_id = _pad_id_of(tokenizer, self._eos_ids) if pad_id is None else pad_id
-        self._batch_rows, self._vocab_size = batch_rows, vocab_size
+        self._batch_rows = batch_rows
+        self._vocab_size = _vocab_size_of(tokenizer) if vocab_size is None else vocab_size
         self._dtype = None if dtype is None else DTYPES[dtype]
         self._flops = DecoderFlops.of(self._model)
         self._context = getattr(self._model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -221,6 +224,14 @@ def _eos_ids_of(tokenizer: Any) -> tuple[int, ...]:
             "set its eos_token, or give eos_ids"
         )
     return tuple(given)
+
+
+def _vocab_size_of(tokenizer: Any) -> int | None:
+    """Above the largest id; a tokenizer's own ``vocab_size`` leaves out the tokens that were added to it."""
+    if isinstance(tokenizer, Codec):
+        return tokenizer.vocab_size
+    vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
+    return max(vocabulary.values()) + 1 if vocabulary else None
 
 
 def _pad_id_of(tokenizer: Any, eos_ids: frozenset[int]) -> int:

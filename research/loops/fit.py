@@ -132,7 +132,10 @@ class KeepLast(ModelCheckpoint):
 
 
 def checkpoint_callbacks(folder: Path, monitor: str, has_val: bool, every_n_steps: int | None = None) -> list[Callback]:
-    """`last.ckpt` always; `best.ckpt`, lowest `monitor` (an accuracy: highest), where there is a validation split."""
+    """`last.ckpt` always; `best.ckpt`, lowest `monitor` (an accuracy: highest), where there is a validation split.
+
+    A run that ends before its first validation leaves no `best.ckpt`.
+    """
     callbacks: list[Callback] = [KeepLast(folder, every_n_steps)]
     if has_val:
         best = ModelCheckpoint(
@@ -141,6 +144,7 @@ def checkpoint_callbacks(folder: Path, monitor: str, has_val: bool, every_n_step
             monitor=monitor,
             mode="max" if monitor.endswith("accuracy") else "min",
             save_top_k=1,
+            save_on_train_epoch_end=False,  # after a validation: a run may end in an epoch that none has judged
             auto_insert_metric_name=False,
             enable_version_counter=False,
         )

@@ -58,9 +58,7 @@ class ValidationAnswers(Callback):
         """How many answers are right, and of how many."""
         data, codec = self._data, self._data.codec
         grader = Grader(data.task, codec.template, codec.layout)
-        generator = LocalGenerator(
-            student, codec.tokenizer, eos_ids=codec.eos_ids, pad_id=codec.pad_id, vocab_size=codec.vocab_size
-        )
+        generator = LocalGenerator(student, codec.tokenizer, eos_ids=codec.eos_ids, pad_id=codec.pad_id)
         texts = {problem.index: problem.text for problem in problems}
         written = write_completions(generator, codec, codec.template, texts, sampling)
         graded = [grader.grade(problem, one) for problem in problems for one in written[problem.index]]

@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import torch
@@ -67,6 +67,14 @@ class Training:
     budget: Budget | None = None
 
 
+class Stateful(Protocol):
+    """A part of a method that goes on after a resume where it stood."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class AbstractMethod(L.LightningModule, ABC):
     """A LightningModule around one student and, held as a plain object, at most one teacher.
 
@@ -79,6 +87,8 @@ class AbstractMethod(L.LightningModule, ABC):
     earlier_seconds           wall time of the fits before this one, up to the checkpoint that was resumed
     validation_seconds        wall time of validations within the fits, which no budget is charged for
     rollout_cost              what the student's own sampling cost: nothing for a method that samples none
+
+    A method names in ``kept_in_checkpoint`` its parts that have a state of their own: name in the checkpoint -> part.
     """
 
     needs_teacher = False
@@ -103,6 +113,7 @@ class AbstractMethod(L.LightningModule, ABC):
         self.update_flops = self.teacher_flops = self.teacher_seconds = self.earlier_seconds = 0.0
         self.validation_seconds = 0.0
         self.rollout_cost = GenerationCost()
+        self.kept_in_checkpoint: dict[str, Stateful] = {}
         self._step_flops = self._step_teacher_flops = 0.0
         self._step_tokens = self._step_teacher_tokens = 0
         self._flops_of_shape: dict[tuple[int, ...], float] = {}
@@ -325,6 +336,7 @@ class AbstractMethod(L.LightningModule, ABC):
             "seconds": self.earlier_seconds + time.perf_counter() - self._fit_started,
         }
         checkpoint["rng"] = self._rng_before_step or self._resumed_rng or _rng_state(self.device)
+        checkpoint |= {name: part.state_dict() for name, part in self.kept_in_checkpoint.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = {name.removeprefix("student."): tensor for name, tensor in checkpoint["state_dict"].items()}
@@ -339,6 +351,8 @@ class AbstractMethod(L.LightningModule, ABC):
         self.rollout_cost = GenerationCost(**spent.get("rollout", {}))
         self.validation_seconds = float(spent.get("validation_seconds", 0.0))
         self.teacher_seconds, self.earlier_seconds = float(spent["teacher_seconds"]), float(spent.get("seconds", 0.0))
+        for name in self.kept_in_checkpoint.keys() & checkpoint.keys():
+            self.kept_in_checkpoint[name].load_state_dict(checkpoint[name])
 
     def on_train_start(self) -> None:
         """Go on with the random numbers of the interrupted run; nothing between here and the first step draws any."""

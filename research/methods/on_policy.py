@@ -121,6 +121,7 @@ class OnPolicy(AbstractMethod):
             max_truncated_share=max_truncated_share,
             patience=patience,
         )
+        self.kept_in_checkpoint["own_words"] = self._own_words
         self._trained: TokenBatch | None = None
 
     # -- options ------------------------------------------------------------------------------------------------------
@@ -281,17 +282,6 @@ class OnPolicy(AbstractMethod):
 
     def _denominator(self, counts: StepCounts) -> float:
         return denominator(self.reduction, counts, self.fixed_length)
-
-    # -- between runs -------------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["own_words"] = self._own_words.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if "own_words" in checkpoint:
-            self._own_words.load_state_dict(checkpoint["own_words"])
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Cross-entropy and accuracy at the completion's places, means over tokens."""

@@ -99,6 +99,7 @@ class PolicyGradient(AbstractMethod):
             max_truncated_share=max_truncated_share,
             patience=patience,
         )
+        self.kept_in_checkpoint["own_words"] = self._own_words
         # A copy of the student as it was built: a resume builds it from the same start before it loads the checkpoint.
         start = copy.deepcopy(self.student).eval().requires_grad_(False) if kl_weight else None
         self._start_box = (start,)  # in a tuple: nothing may register it
@@ -182,13 +183,10 @@ class PolicyGradient(AbstractMethod):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["own_words"] = self._own_words.state_dict()
         checkpoint["start_sha256"] = self._start_sha256
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if "own_words" in checkpoint:
-            self._own_words.load_state_dict(checkpoint["own_words"])
         if self._start_sha256 != checkpoint.get("start_sha256", self._start_sha256):
             raise CheckpointError(
                 "method.kl_weight holds the student to the weights that its run began with, and this run begins with "

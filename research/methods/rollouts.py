@@ -68,9 +68,7 @@ class RolloutBuffer:
     def connect(self, network: nn.Module, data: TraceData) -> None:
         """Sample from this network, as it is at every draw, with the tokens and the seed of these data."""
         codec = data.codec
-        self._generator = LocalGenerator(
-            network, codec.tokenizer, eos_ids=codec.eos_ids, pad_id=codec.pad_id, vocab_size=codec.vocab_size
-        )
+        self._generator = LocalGenerator(network, codec.tokenizer, eos_ids=codec.eos_ids, pad_id=codec.pad_id)
         self._seed = data.seed
         longest = max(len(row.ids) for row in data.prompts())
         room, asked = data.max_tokens - longest, self.sampling.max_new_tokens

@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from research.config import build, build_trainer, plain
-from research.data.traces import TraceData, reference_trace
+from research.data.traces import TraceData
+from research.data.train_traces import reference_trace
 from research.errors import ConfigError
 from research.generation.in_process import LocalGenerator
 from research.loops.fit import LAST, FitOutcome, KeepLast, StopOnInterrupt, fit

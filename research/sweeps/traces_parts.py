@@ -267,13 +267,7 @@ def _generator(cfg: DictConfig, codec: Codec | None) -> tuple[AbstractGenerator,
                 "teacher.path is not set; give the folder of a finished run or of a Hugging Face model, "
                 "or generator=server, or source=reference for the task's own solutions"
             )
-        facts: dict[str, Any] = {
-            "vocab_size": codec.vocab_size,
-            "eos_token_id": list(codec.eos_ids) if len(codec.eos_ids) > 1 else codec.eos_ids[0],
-            "pad_token_id": codec.pad_id,
-            "tokenizer_sha256": tokenizer_sha256(codec.tokenizer),
-        }
-        loaded = load_network(cfg.teacher.path, dtype=cfg.teacher.dtype, **facts)
+        loaded = load_network(cfg.teacher.path, dtype=cfg.teacher.dtype, **codec.facts())
         made = make(node, "generator", network=loaded.network, tokenizer=codec)
         return expect_kind(made, "generator", AbstractGenerator), {name: getattr(loaded, name) for name in TRAINING}
     if cfg.teacher.path:

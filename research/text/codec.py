@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -77,6 +78,15 @@ class Codec:
         self._filler_id = self._single_token(FILLER) if trace_format == "filler_then_answer" else None
         if max_prompt_tokens is not None:
             self._check_prompt_room(max_prompt_tokens)
+
+    def facts(self) -> dict[str, Any]:
+        """What a language model must fit: sizes and special ids of the tokenizer, and its identity."""
+        return {
+            "vocab_size": self.vocab_size,
+            "eos_token_id": list(self.eos_ids) if len(self.eos_ids) > 1 else self.eos_ids[0],
+            "pad_token_id": self.pad_id,
+            "tokenizer_sha256": tokenizer_sha256(self.tokenizer),
+        }
 
     # -- writing ------------------------------------------------------------------------------------------------------
 

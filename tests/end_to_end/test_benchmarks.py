@@ -1,4 +1,4 @@
-"""The benchmarks of written traces run in small, and what they compare is the same work. No time is asserted."""
+"""The benchmarks of text run in small, and what they compare is the same work. No time is asserted."""
 
 import json
 import os
@@ -13,9 +13,9 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "experiments" / "performance"
 
 
-def quick(*names: str) -> tuple[dict[str, Any], list[str]]:
+def quick(*names: str, script: str = "traces_benchmark.py") -> tuple[dict[str, Any], list[str]]:
     """What each named benchmark found, and the lines of the tables."""
-    command = [sys.executable, str(FOLDER / "traces_benchmark.py"), *names, "--quick"]
+    command = [sys.executable, str(FOLDER / script), *names, "--quick"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     written = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.is_file()}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
@@ -81,3 +81,21 @@ def test_benchmark_of_losses_compares_the_same_gradients_and_names_what_is_missi
     memory = [json.loads(line[line.index("{") :]) for line in lines if line.startswith("memory ")]
     assert len(memory) == 2 and all(arms["chunked"]["mb"] >= 0 for arms in memory)
     assert any(line.startswith("| Liger | ") for line in lines)
+
+
+@pytest.mark.slow
+def test_benchmark_of_own_words_tells_the_parts_of_a_step_and_what_is_missing() -> None:
+    """As many tokens as expected in every arm and one loss, or it stops; TRL's rows say where it is not installed."""
+    found, table = quick("step", "share", script="on_policy_benchmark.py")
+    for name in ("GKDTrainer", "DistillationTrainer"):
+        entry = found["step"][name]
+        if "missing" in entry:
+            assert "not installed" in entry["missing"] and found["step"]["ours_ms"] > 0
+        else:
+            assert 0 < entry["low"] <= entry["ratio"] <= entry["high"] and entry["loss_differs_by"] < 1e-4
+    for method, entry in ((method, found["share"][method]) for method in ("on_policy", "policy_gradient")):
+        parts = {part: spread["median"] for part, spread in entry["parts"].items()}
+        assert sum(parts.values()) == pytest.approx(100, abs=1)
+        assert (parts.pop("teacher") > 0) == (method == "on_policy") and min(parts.values()) > 0
+        assert 0 < entry["outside"]["median"] < 100
+    assert len(table) == 2 + 2 + 2 + 8

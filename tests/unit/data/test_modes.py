@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from research.data.traces import TraceData, reference_trace
+from research.data.traces import TraceData
+from research.data.train_traces import reference_trace
 from research.errors import ConfigError
 from research.evaluation.sequences import SequenceEvaluation
 from research.loops.scoring import obedience

@@ -17,7 +17,8 @@ from torch import Tensor
 from research.data.resume import rewind_to_last_step
 from research.data.splits import DataError
 from research.data.token_loader import TokenLoader
-from research.data.traces import TraceData, reference_trace
+from research.data.traces import TraceData
+from research.data.train_traces import reference_trace
 from research.errors import ConfigError
 from research.records import Problem, TokenBatch, Trace, Verdict
 from research.tasks.addition import Addition

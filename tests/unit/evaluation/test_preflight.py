@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from research.data.traces import TraceData, reference_trace
+from research.data.traces import TraceData
+from research.data.train_traces import reference_trace
 from research.evaluation.preflight import Preflight, preflight
 from research.evaluation.preflight_distributions import Pair, agreement
 from research.evaluation.preflight_text import thinking_mode

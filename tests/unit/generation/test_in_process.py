@@ -15,6 +15,9 @@ from research.generation.base import Prompt, Written
 from research.generation.in_process import LocalGenerator, causal_language_model
 from research.models.weights import weights_sha256
 from research.records import Completion, Sampling
+from research.text.codec import Codec
+from research.text.templates import Plain
+from research.text.tokenizer import build_tokenizer
 
 Build = Callable[..., Any]
 RAGGED = (2, 9, 5, 5, 1, 7, 3, 9)
@@ -276,6 +279,31 @@ def test_bfloat16_is_a_model_in_bfloat16_and_leaves_the_weights(language_model: 
     for name, parameter in model.named_parameters():
         pointer, values = before[name]
         assert parameter.data_ptr() == pointer and parameter.dtype == torch.float32 and parameter.equal(values)
+
+
+# -- padded heads -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["codec", "tokenizer"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_p18_a_padded_head_never_yields_an_id_outside_the_tokenizer(
+    given: str, temperature: float, language_model: Build
+) -> None:
+    """Rows that would win every draw; the last token of the tokenizer, which may be one that was added, is drawn."""
+    tokenizer = build_tokenizer("characters", alphabet="0123456789" + Plain.alphabet)
+    codec, size = Codec(tokenizer, Plain()), tokenizer.vocab_size
+    if given == "tokenizer":
+        size += tokenizer.add_tokens(["<added>"])
+    assert size < 31
+    model = language_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[size:] *= 50
+        model.lm_head.weight[size - 1] *= 5
+    generator = LocalGenerator(model, codec if given == "codec" else tokenizer)
+    prompts = [Prompt(number, "", (2, 3, 4 + number)) for number in range(8)]
+    results = written(generator, prompts, Sampling(num_samples=4, temperature=temperature, max_new_tokens=12))
+    drawn = {token for result in results.values() for each in result.completions for token in each.ids}
+    assert drawn <= set(range(size)) and size - 1 in drawn
 
 
 # -- what it costs ----------------------------------------------------------------------------------------------------

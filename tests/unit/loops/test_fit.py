@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks.model_checkpoint import warning_cache
 from torch import Tensor, nn
 
 from research.data.digits import Digits
@@ -118,6 +119,20 @@ def test_p119_a_monitor_with_a_slash_leaves_its_file_in_the_folder_itself(tmp_pa
     best = next(layer for value, layer in errors.seen if value == lowest)
     assert torch.equal(weights(tmp_path / "checkpoints/best.ckpt")["student.layer.weight"], best)
     assert torch.equal(weights(tmp_path / "checkpoints/last.ckpt")["student.layer.weight"], errors.seen[-1][1])
+
+
+@pytest.mark.parametrize(("steps", "left"), [(2, ["last.ckpt"]), (5, ["best.ckpt", "last.ckpt"])])
+def test_an_epoch_that_ends_before_its_validation_has_no_best_weights(
+    steps: int, left: list[str], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """A run of two steps, or of an epoch of three and two more: the best are a validation's, or there are none."""
+    warning_cache.clear()
+    errors = Errors()
+    run(make_method(), tmp_path, errors, max_epochs=-1, max_steps=steps)
+    assert not [str(one.message) for one in recwarn if "monitored key" in str(one.message)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left and len(errors.seen) == len(left) - 1
+    for _, layer in errors.seen:
+        assert torch.equal(weights(tmp_path / "best.ckpt")["student.layer.weight"], layer)
 
 
 def test_without_a_validation_split_only_the_last_checkpoint_is_kept(tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""Problems as the student and its teacher are asked them, and stored traces behind the teacher's own prompts."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from research.data.splits import DataError
+from research.records import Problem, PromptRow, StoredRow, Trace
+from research.text.codec import Codec
+from research.text.document import Document
+from research.text.refusals import Refused, TooLong
+
+
+def posed(
+    problems: Iterable[Problem], codec: Codec, teacher_codec: Codec, task_name: str
+) -> tuple[list[PromptRow], Counter[str]]:
+    """The prompts of those problems that can be posed, in order, and how many cannot, by reason.
+
+    A prompt has to leave room for a token of the answer. ``teacher_codec`` is ``codec`` itself where the teacher is
+    asked as the student is. Raises DataError where there is no problem at all, or none that can be posed.
+    """
+    rows, refused = [], Counter[str]()
+    for problem in problems:
+        try:
+            ids = codec.prompt_ids(problem.text)
+            teacher_ids = ids if teacher_codec is codec else teacher_codec.prompt_ids(problem.text)
+        except Refused as error:
+            refused[error.reason] += 1
+            continue
+        if len(ids) >= codec.max_tokens:
+            refused[TooLong.reason] += 1
+            continue
+        rows.append(PromptRow(problem, tuple(ids), tuple(teacher_ids)))
+    if not rows:
+        told = ", ".join(f"{count} {reason}" for reason, count in refused.items()) or "there is none"
+        raise DataError(
+            f"no train problem of {task_name} can be posed ({told}): raise data.num_train or data.max_tokens, or take "
+            "another template or tokenizer"
+        )
+    return rows, refused
+
+
+def stored_rows(
+    documents: Iterable[Document], traces: Sequence[Trace], codec: Codec, teacher_codec: Codec
+) -> list[StoredRow]:
+    """Train documents, each with the prompt that the teacher would have read instead.
+
+    traces  those that the documents were made of, each at its document's ``index``
+    """
+    rows = []
+    for document in documents:
+        prompt = document.ids[: document.prompt_length]
+        if teacher_codec is not codec:
+            prompt = tuple(teacher_codec.prompt_ids(traces[document.index].problem))
+        rows.append(StoredRow(document.ids, document.prompt_length, document.index, prompt))
+    return rows

@@ -1,0 +1,120 @@
+"""Where the traces to train on come from: the task's own solutions, a store, a release, or a mixture of stores."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from research.data.splits import DataError
+from research.errors import ConfigError
+from research.records import Problem, Trace, Verdict
+from research.tasks.base import AbstractTask, Split
+from research.tasks.released import Released, read_released
+from research.text.document import Document
+from research.traces.mixture import Mixture, training_mixture
+from research.traces.reading import read_traces
+
+RELEASED_PREFIX = "released:"
+
+
+class TrainTraces:
+    """The source of train traces, read once.
+
+    task    whose problems they solve
+    store, mixture, mixture_seed, num   as of ``TraceData``, whose ``num_train`` is ``num``; None of the first two: the
+            task's own solutions
+    answers_alone   whether rows of a file without a chain are good ones
+
+    unread  traces of a release that :meth:`read` left out, by reason
+
+    Raises ConfigError, naming the key, for a store and a mixture at once, or an empty mixture.
+    """
+
+    def __init__(
+        self,
+        task: AbstractTask,
+        store: str | None = None,
+        mixture: Sequence[Mapping[str, Any]] | None = None,
+        mixture_seed: int = 0,
+        num: int | None = None,
+        *,
+        answers_alone: bool = False,
+    ) -> None:
+        if mixture is not None and store is not None:
+            raise ConfigError(f"data.store is {store!r} and data.mixture is set; give one of them")
+        if mixture is not None and not mixture:
+            raise ConfigError("data.mixture is empty; give [{store: FOLDER, weight: W}, ..], or null for none")
+        self._task, self._store, self._parts, self._seed = task, store, mixture, mixture_seed
+        self._num, self._answers_alone = num, answers_alone
+        self._mixture: Mixture | None = None
+        self._traces: list[Trace] = []
+        self._released: Released | None = None
+        self.unread: Counter[str] = Counter()
+
+    @property
+    def store_name(self) -> str | None:
+        """Of the one store, without its place on this machine; None where there is none."""
+        return None if self._store is None else Path(self._store).name
+
+    def read(self, own_problems: Callable[[], Sequence[Problem]]) -> list[Trace]:
+        """The traces as they are stored; the solutions of ``own_problems`` where nothing is.
+
+        Raises DataError where there is none.
+        """
+        if self._parts is not None:
+            self._mixture = training_mixture(self._parts, self._num, self._seed)
+            self._traces = list(self._mixture)
+        elif self._store:
+            self._traces = self._read_store(self._store)
+        else:
+            self._traces = [reference_trace(problem) for problem in own_problems()]
+        if not self._traces:
+            raise DataError(f"no trace to train on in {self._store or self._task.name}")
+        return self._traces
+
+    def mixed(self, documents: Iterable[Document]) -> dict[str, dict[str, dict[str, int]]]:
+        """``mixture``: name of each store -> traces taken from it, and how many of these documents are of them.
+
+        Empty where there is no mixture, or none was read.
+        """
+        if self._mixture is None:
+            return {}
+        used = Counter(self._traces[document.index].details["source"] for document in documents)
+        taken = self._mixture.summary()
+        return {"mixture": {name: {"traces": count, "documents": used[name]} for name, count in taken.items()}}
+
+    def references(self, split: Split, problems: Sequence[Problem]) -> list[Trace]:
+        """The solutions of a held-out split: the task's own; where it has none, the first of each in a release."""
+        references = [reference_trace(problem) for problem in problems]
+        if not str(self._store).startswith(RELEASED_PREFIX) or any(trace.chain for trace in references):
+            return references
+        released: dict[int, Trace] = {}
+        for trace in self._read_release()[0].traces[split]:
+            released.setdefault(trace.index, trace)
+        return [released.get(trace.index, trace) for trace in references]
+
+    def _read_store(self, store: str) -> list[Trace]:
+        if not store.startswith(RELEASED_PREFIX):
+            return read_traces(Path(store), num=self._num, allow_empty_chain=self._answers_alone)
+        released, which = self._read_release()
+        self.unread = Counter(released.skipped["train"])
+        traces = [t for t in released.traces["train"] if not which or t.details["verdict"] == Verdict.CORRECT]
+        self.unread["wrong_answer"] += len(released.traces["train"]) - len(traces)
+        return traces[: self._num]
+
+    def _read_release(self) -> tuple[Released, str]:
+        """The release that the store names, and which of its traces are asked for: "" (all) or "correct"."""
+        name, _, which = str(self._store).removeprefix(RELEASED_PREFIX).partition(":")
+        if which not in ("", "correct"):
+            raise ConfigError(f"data.store is {self._store!r}; expected released:NAME or released:NAME:correct")
+        if self._released is None:
+            self._released = read_released(name)
+        if self._released.task.name != self._task.name:
+            told = f"traces of {self._released.task.name}; the task is {self._task.name}"
+            raise ConfigError(f"data.store is {self._store!r}, {told}")
+        return self._released, which
+
+
+def reference_trace(problem: Problem) -> Trace:
+    """The task's own solution of a problem, as a trace."""
+    return Trace(problem.text, problem.chain, problem.answer, problem.index, details={"origin": "reference"})
