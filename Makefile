@@ -17,6 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/distill study experiments/demo
 	$(BIN)/distill study experiments/demo_traces hydra/launcher=joblib hydra.launcher.n_jobs=2
+	$(BIN)/distill study experiments/demo_methods hydra/launcher=joblib hydra.launcher.n_jobs=2
 
 lint: install
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from research.results.curves import CURVES_FILE, CurveRow, read_curve, write_study_curves
+from research.results.exposure import EXPOSURE_FILE, write_study_exposure
 from research.results.fields import StudyError
 from research.results.items import pack_items, read_items, write_study_items
 from research.results.record import RunRecord, json_ready, read_record, write_atomic
@@ -17,6 +18,7 @@ from research.results.study import Cell, Study, cells, requirements
 
 RECORDS_FILE, ITEMS_FILE = "records.jsonl", "items.parquet"
 NOT_RUN = "not run"
+EXPOSURE = "exposure/test"  # the artifact of runs with evaluation.exposure=true
 TRIMMED_KEYS = (
     "schema", "command", "experiment", "status", "reason", "seed", "config_hash", "overrides", "versions",
     "revision", "hardware", "started_at", "wall_s", "metrics", "ledger", "data", "student", "teacher",
@@ -66,6 +68,7 @@ def collect(
     missing: dict[str, str] = {}
     items: dict[str, dict[str, np.ndarray]] = {}
     curves: list[tuple[Cell, Sequence[CurveRow]]] = []
+    exposures: list[tuple[Cell, Mapping[str, Any]]] = []
     split = study.metric.partition("/")[0]
     for cell, folder in places:
         record, reason = _look(folder)
@@ -84,10 +87,13 @@ def collect(
             items[cell.key] = columns
         if study.curves and cell.seed >= 0:
             curves.append((cell, _curve(study, cell, folder, record)))
+        if EXPOSURE in record.artifacts and cell.seed >= 0:
+            exposures.append((cell, read_items(folder / record.artifacts[EXPOSURE])))
     if study.curves:
         results_folder(study, preset).mkdir(parents=True, exist_ok=True)
         write_study_curves(results_folder(study, preset) / CURVES_FILE, study, curves)
     _write(results_folder(study, preset), lines, split, items)
+    write_study_exposure(results_folder(study, preset) / EXPOSURE_FILE, study, exposures)
     return Collected(tuple(completed), missing)
 
 

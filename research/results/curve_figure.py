@@ -53,7 +53,8 @@ def paint(figure: "Figure", plot: Plot) -> None:
         if all(point["low"] is not None for point in mean):
             low, high = ([point[end] for point in mean] for end in ("low", "high"))
             axes.fill_between(places, low, high, color=colour, alpha=0.15, lw=0, zorder=1)
-        axes.plot(places, [point["mean"] for point in mean], color=colour, lw=2, zorder=3)
+        marker = "o" if len(mean) == 1 else None  # a line of one point would not be seen
+        axes.plot(places, [point["mean"] for point in mean], color=colour, lw=2, marker=marker, zorder=3)
         ends.append((mean[-1]["mean"], line["label"], colour))
     axes.set_xlabel(f"spent, {plot['against']}" if "step" not in plot["against"] else plot["against"], size=9)
     axes.set_ylabel(plot["metric"], size=9)
@@ -63,4 +64,6 @@ def paint(figure: "Figure", plot: Plot) -> None:
     axes.set_axisbelow(True)
     label_ends(axes, ends)
     told = "thin line = one seed; band = 95 % interval of the mean"
+    if plot["unmeasured"]:
+        told = f"not measured while it was trained: {', '.join(plot['unmeasured'])}; {told}"
     figure.text(1 - 0.1 / width, 0.08 / height, told, size=8, color=FAINT, va="bottom", ha="right")

@@ -56,15 +56,19 @@ def joined_curves(curves: Iterable[Sequence[CurveRow]]) -> list[dict[str, float 
 def write_study_curves(path: Path, study: Study, curves: Sequence[tuple[Cell, Sequence[CurveRow]]]) -> None:
     """Replaces a study's curves: one line per run and row, of its metrics those that the study draws.
 
-    Raises StudyError where no row of a run has a metric that is to be drawn.
+    An arm may leave a metric blank in all of its runs, as a base that the others go on from. Raises StudyError where
+    some runs of an arm have a metric that is to be drawn and others have not, and where no arm has it.
     """
     metrics = list(dict.fromkeys(spec.metric for spec in study.curves))
+    measured = [(cell, _measured(rows)) for cell, rows in curves]
+    drawn = {(cell.arm, name) for cell, known in measured for name in known}
+    named = {name for _, name in drawn}
+    for cell, known in measured:
+        for metric in metrics:
+            if metric not in known and (metric not in named or (cell.arm, metric) in drawn):
+                raise StudyError(f"{study.path}: curves: {cell.key} measured no {metric!r}; {nearest(metric, known)}")
     lines: list[dict[str, Any]] = []
     for cell, rows in curves:
-        known = {name for row in rows for name, value in row.items() if value is not None} - set(COST_COLUMNS)
-        for metric in metrics:
-            if metric not in known:
-                raise StudyError(f"{study.path}: curves: {cell.key} measured no {metric!r}; {nearest(metric, known)}")
         place = {"arm": cell.arm, **cell.factors, "seed": cell.seed}
         lines += [{**place, **{name: row.get(name) for name in (*COST_COLUMNS, *metrics)}} for row in rows]
     write_atomic(path, _csv(["arm", *study.factors, "seed", *COST_COLUMNS, *metrics], lines))
@@ -97,13 +101,18 @@ def curve_plot(study: Study, spec: CurveSpec, groups: Mapping[str, Mapping[int, 
     """What a curve's figure shows: every seed's own line and, where all seeds of an arm have been, their mean.
 
     Between two measurements a line is straight. The mean's band is Student's 95 % interval over seeds. Costs are
-    divided by a unit that stands in the axis' name. Rows in which the metric or the cost was not measured are left out.
+    divided by a unit that stands in the axis' name. Rows in which the metric or the cost was not measured are left out;
+    groups without any other row are named under ``unmeasured``.
     """
     column = AGAINST[spec.against]
     lines: list[dict[str, Any]] = []
+    unmeasured = []
     for label, by_seed in groups.items():
         seeds = [points for rows in by_seed.values() if (points := _points(rows, column, spec.metric))]
-        lines.append({"label": f"{label} (n = {len(seeds)})", "seeds": seeds, "mean": _mean(seeds)})
+        if seeds:
+            lines.append({"label": f"{label} (n = {len(seeds)})", "seeds": seeds, "mean": _mean(seeds)})
+        else:
+            unmeasured.append(label)
     largest = max((x for line in lines for points in line["seeds"] for x, _ in points), default=0.0)
     unit, prefix = next(((unit, name) for unit, name in _UNITS if largest >= unit), (1.0, ""))
     for line in lines:
@@ -117,7 +126,13 @@ def curve_plot(study: Study, spec: CurveSpec, groups: Mapping[str, Mapping[int, 
         "metric": f"{split} {metric.replace('_', ' ')}",
         "against": name.get(spec.against, f"{prefix}s").strip(),
         "lines": lines,
+        "unmeasured": unmeasured,
     }
+
+
+def _measured(rows: Iterable[CurveRow]) -> set[str]:
+    """The metrics that some row has."""
+    return {name for row in rows for name, value in row.items() if value is not None} - set(COST_COLUMNS)
 
 
 def _points(rows: Sequence[CurveRow], column: str, metric: str) -> list[tuple[float, float]]:

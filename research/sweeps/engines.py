@@ -3,12 +3,12 @@
 Imports Optuna when something is built, and nothing of it before: every command loads this module's neighbours.
 """
 
+import asyncio
 import fcntl
 import inspect
 import os
 import random
 import re
-import socket
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -48,7 +48,7 @@ PRUNERS = {
     "wilcoxon": "WilcoxonPruner",
 }
 STORAGES = ("journal", "rdb", "grpc", "memory")
-SINGLE_OBJECTIVE = {"gp": False, "cmaes": True}
+SINGLE_OBJECTIVE = ("cmaes",)
 MAKING_TABLES = 10  # attempts of a command that meets others at the making of a database's tables
 _IN_MEMORY: dict[str, Any] = {}
 
@@ -140,9 +140,8 @@ class StorageSpec:
         from optuna.storages import GrpcStorageProxy
 
         try:
-            with socket.create_connection((self.host, self.port), timeout=10):
-                pass
-        except OSError as error:
+            asyncio.run(asyncio.wait_for(_connect(self.host, self.port), timeout=10))
+        except (OSError, TimeoutError) as error:
             raise ConfigError(
                 f"no gRPC proxy answers at {self.host}:{self.port} ({error}); start one with "
                 "optuna.storages.run_grpc_proxy_server(storage, host=..., port=...)"
@@ -158,6 +157,12 @@ class StorageSpec:
                 "hydra/sweeper/storage=memory lives in one process, and this launcher starts others; choose journal"
             )
         return _IN_MEMORY.setdefault(key, InMemoryStorage())
+
+
+async def _connect(host: str, port: int) -> None:
+    """Connect and hang up. Raises OSError where nothing listens there."""
+    _, writer = await asyncio.open_connection(host, port)
+    writer.close()
 
 
 class FlockOnFile:
@@ -214,7 +219,7 @@ def storage_spec(node: Mapping[str, Any], sweep_dir: Path) -> StorageSpec:
             "hydra.sweeper.storage.url holds a password, and configs are written to disk; give it in PGPASSWORD or "
             "~/.pgpass, or as the name of an environment variable: postgresql://user:$NAME@host/sweeps"
         )
-    return StorageSpec(name, url=str(url), engine=dict(given.get("engine") or {}))
+    return StorageSpec(name, url=_with_whole_path(str(url)), engine=dict(given.get("engine") or {}))
 
 
 def build_sampler(node: Mapping[str, Any], seed: int | None) -> "BaseSampler":
@@ -288,6 +293,18 @@ def _missing(where: str, error: ImportError) -> ConfigError:
     return ConfigError(
         f"{where} needs a package that is not installed ({error}); pip install 'research-distillation[sweep]'"
     )
+
+
+def _with_whole_path(url: str) -> str:
+    """The URL of an SQLite file with its absolute path: a run may have another working folder."""
+    head, mark, file = url.partition(":///")
+    if not head.startswith("sqlite") or file.startswith(("$", "file:")):
+        return url
+    if not mark or file.partition("?")[0] in ("", ":memory:"):
+        raise ConfigError(
+            f"{url} is SQLite in memory, which one connection alone sees; give hydra/sweeper/storage=memory"
+        )
+    return f"{head}:///{Path(file).absolute()}"
 
 
 def _without_password(url: str) -> str:

@@ -1,7 +1,7 @@
 """Who works on a trial, and whether that process still lives: a kill -9 leaves no farewell."""
 
 import os
-import socket
+import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -60,7 +60,7 @@ def _host() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         spaces = boot = ""
-    return f"{socket.gethostname()} {boot} {spaces}".strip()
+    return f"{platform.node()} {boot} {spaces}".strip()
 
 
 def _stat(pid: int) -> list[str]:

@@ -59,6 +59,13 @@ class Parameter:
     is_int: bool = False
     when: tuple[tuple[str, tuple[Scalar, ...]], ...] = ()
 
+    @property
+    def keys(self) -> set[str]:
+        """The keys that its values are written to: of a zipped group several."""
+        if not self.choices:
+            return {self.name}
+        return {text.partition("=")[0].lstrip("+") for choice in self.choices for text in choice.overrides}
+
     def exists(self, chosen: Mapping[str, Any]) -> bool:
         """Whether the parameter exists beside the values that were chosen before it."""
         return all(name in chosen and _among(chosen[name], values) for name, values in self.when)
@@ -73,11 +80,16 @@ class Parameter:
             raise ConfigError(f"{self.name} is {value!r}; the search has {valid}")
         return (f"{self.key}={written(int(value) if self.is_int else float(value))}",)
 
+    @property
+    def is_countable(self) -> bool:
+        """Whether its values can be tried one after the other: not those of an interval, nor of a log scale."""
+        return bool(self.choices) or self.step is not None or (self.is_int and not self.log)
+
     def values(self) -> list[Any]:
         """Every value of a discrete parameter, as stored. Raises ConfigError where they cannot be counted."""
         if self.choices:
             return [choice.stored for choice in self.choices]
-        if self.step is None and not (self.is_int and not self.log):
+        if not self.is_countable:
             raise ConfigError(
                 f"{self.name} is continuous, from {self.low} to {self.high}; a grid needs choice(...) or range(...)"
             )
@@ -116,14 +128,15 @@ class SearchSpace:
     def __post_init__(self) -> None:
         counts: dict[str, int] = {}
         for parameter in self.parameters:
-            counts[parameter.name] = counts.get(parameter.name, 0) + 1
+            for name in {parameter.name} | parameter.keys:
+                counts[name] = counts.get(name, 0) + 1
         twice = [name for name, count in counts.items() if count > 1]
         if twice:
             raise ConfigError(
                 f"{', '.join(twice)} is searched twice; give each parameter once, in params, zipped or conditional. "
                 "One that stands in two conditional blocks needs one block whose `when` lists both values"
             )
-        object.__setattr__(self, "names", frozenset(counts))
+        object.__setattr__(self, "names", frozenset(parameter.name for parameter in self.parameters))
 
     @property
     def is_conditional(self) -> bool:
@@ -147,18 +160,24 @@ class SearchSpace:
                 chosen[parameter.name] = suggest(parameter)
         return chosen
 
-    def points(self) -> Iterator[dict[str, Any]]:
-        """Every point of a discrete space, the last parameter varying fastest; ConfigError for a continuous one."""
-        yield from self._points({}, self.parameters)
+    def points(self, fixed: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+        """Every point of a discrete space, the last parameter varying fastest; ConfigError for a continuous one.
 
-    def _points(self, chosen: dict[str, Any], rest: Sequence[Parameter]) -> Iterator[dict[str, Any]]:
+        fixed  name -> the one value of a parameter that is held
+        """
+        yield from self._points({}, self.parameters, fixed or {})
+
+    def _points(
+        self, chosen: dict[str, Any], rest: Sequence[Parameter], fixed: Mapping[str, Any]
+    ) -> Iterator[dict[str, Any]]:
         if not rest:
             yield chosen
         elif not rest[0].exists(chosen):
-            yield from self._points(chosen, rest[1:])
+            yield from self._points(chosen, rest[1:], fixed)
         else:
-            for value in rest[0].values():
-                yield from self._points({**chosen, rest[0].name: value}, rest[1:])
+            name = rest[0].name
+            for value in [fixed[name]] if name in fixed else rest[0].values():
+                yield from self._points({**chosen, name: value}, rest[1:], fixed)
 
     def size(self) -> int | None:
         """How many points there are; None where there is no end of them."""
@@ -355,22 +374,23 @@ def _conditional_parameters(
 
 def _stored_as(parameter: Parameter, value: Any) -> Any:
     """A value as YAML has it, as the study stores it: a list or dict by its text, a number as it is."""
+    if isinstance(value, Mapping):  # of a zipped group: what its keys are together
+        lines = {f"{key}={written(item)}" for key, item in value.items()}
+        together = [choice.stored for choice in parameter.choices if set(choice.overrides) == lines]
+        if together and len(parameter.keys) > 1:
+            return together[0]
     if isinstance(value, list | tuple | Mapping):
         return written(value)
     if any(_among(value, (choice.stored,)) for choice in parameter.choices) or not parameter.choices:
         return value
-    texts = {choice.overrides[0].partition("=")[2]: choice.stored for choice in parameter.choices}
-    return texts.get(written(value), value)
+    text = written(value)
+    named = [choice.stored for choice in parameter.choices if choice.overrides[0].partition("=")[2] == text]
+    return named[0] if len(named) == 1 else value
 
 
 def _refuse_overlap(space: SearchSpace, fixed: Mapping[str, str]) -> None:
     """Refuse what is fixed and searched at once; a paired group searches all of its keys."""
-    keys = {
-        text.partition("=")[0].lstrip("+")
-        for parameter in space.parameters
-        for choice in parameter.choices
-        for text in choice.overrides
-    } | {parameter.name for parameter in space.parameters}
+    keys = {key for parameter in space.parameters for key in parameter.keys | {parameter.name}}
     for name, line in fixed.items():
         if name in keys:
             raise ConfigError(

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from research.errors import ConfigError
 from research.schemas import nearest
-from research.sweeps.engines import build_pruner, build_sampler, storage_spec
+from research.sweeps.engines import SINGLE_OBJECTIVE, build_pruner, build_sampler, storage_spec
 from research.sweeps.search_space import Parameter, SearchSpace, parse_space
 from research.sweeps.sweep_controller import SweepController, SweepPlan, quiet_launches
 from research.sweeps.sweep_progress import watching_sweep
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 MAPPINGS = ("objectives", "constraints", "hypervolume", "params", "zipped", "fixed", "copy_from")
 DIRECTIONS = ("minimize", "maximize")
 QUIET = "hydra.job_logging.root.handlers=[file]"
+OF_SWEEPS = ("hydra.sweep", "hydra/sweep", "hydra.launcher", "hydra/launcher", "hydra.mode", "hydra.run.")
 
 
 def sweep(
@@ -61,8 +64,10 @@ def sweep(
     if not space.parameters and (options["sampler"] or {}).get("name") != "grid":  # a grid of nothing is one point
         raise ConfigError("nothing is searched; give a key several values, such as lr='interval(0.001,0.1)' or x=1,2")
     terms = _terms(options, space, sweep_dir, config)
-    _check_composes(space, fixed, loader, config)
-    plan = _plan(options, config)
+    _check_seeds(options, space)
+    own = run_overrides(config)
+    _check_composes(space, [*fixed, *own, *_first_seed(options)], loader, config)
+    plan = _plan(options, config, terms)
     work = TrialWork(
         store=TrialStore(terms),
         space=space,
@@ -72,7 +77,7 @@ def sweep(
         order=tuple(key_of(argument) for argument in arguments),
         gpus=_gpus(options["gpus"], plan.n_jobs),
     )
-    _make_folder(sweep_dir, config)
+    _make_folder(sweep_dir)
     quiet = quiet_launches(config)
     remembered = {
         "space": space.described(),
@@ -81,12 +86,15 @@ def sweep(
         "directions": list(terms.directions),
         "objectives": list(terms.objectives),
     }
-    controller = SweepController(plan, work, task, lambda wrapped: launcher_for(wrapped, quiet), remembered)
-    save_terms(terms, sweep_dir, _application(config))
+    controller = SweepController(
+        plan, work, task, lambda wrapped: launcher_for(wrapped, quiet), remembered, folders_of(loader, config)
+    )
+    controller.open()
+    _keep_config(config, terms, sweep_dir)
     try:
         return controller.run(watching_sweep if is_shown else lambda store, target: nullcontext()), work.store
     finally:
-        _report(work.store, sweep_dir, composer(loader, str(config.hydra.job.config_name)), is_shown)
+        _report(work.store, sweep_dir, composer(loader, str(config.hydra.job.config_name), own), is_shown)
 
 
 def normalised(options: Any) -> dict[str, Any]:
@@ -105,16 +113,35 @@ def _container(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def composer(loader: Any, config_name: str) -> Compose:
-    """Composes an application's config as a single run would, from a list of overrides."""
+def run_overrides(config: DictConfig) -> tuple[str, ...]:
+    """The command's overrides of Hydra's own config that hold for a single run too, such as hydra.searchpath."""
+    given: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
+    return tuple(str(text) for text in given if not str(text).lstrip("+~").startswith(OF_SWEEPS))
+
+
+def composer(loader: Any, config_name: str, own: Sequence[str] = ()) -> Compose:
+    """Composes an application's config as a single run would, from a list of overrides; `own` are Hydra's."""
 
     def compose(overrides: list[str]) -> DictConfig:
         found: DictConfig = loader.load_configuration(
-            config_name=config_name, overrides=overrides, run_mode=RunMode.RUN
+            config_name=config_name, overrides=[*overrides, *own], run_mode=RunMode.RUN
         )
         return found
 
     return compose
+
+
+def folders_of(loader: Any, config: DictConfig) -> Callable[[int, list[str]], str] | None:
+    """Trial's number, overrides -> its folder by the template of hydra.sweep.subdir; None where that has the number."""
+    template: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+    if re.search(r"hydra[.:]job\.(num|id)", str(template["subdir"])):
+        return None
+
+    def folder(number: int, overrides: list[str]) -> str:
+        found = loader.load_sweep_config(config, overrides)
+        return str(Path(str(found.hydra.sweep.dir), str(found.hydra.sweep.subdir)).absolute())
+
+    return folder
 
 
 def _application(config: DictConfig) -> str:
@@ -142,6 +169,21 @@ def _terms(options: Mapping[str, Any], space: SearchSpace, sweep_dir: Path, conf
         )
     if name == "wilcoxon" and not options["seeds"]:
         raise ConfigError("pruner wilcoxon compares trials seed by seed; give hydra.sweeper.seeds, such as [0,1,2,3,4]")
+    if len(directions) > 1 and sampler["name"] in SINGLE_OBJECTIVE:
+        raise ConfigError(
+            f"sampler {sampler['name']} searches for one value, and there are {len(directions)} objectives; give "
+            "nsgaii, tpe or gp"
+        )
+    if options["fixed"] and sampler["name"] == "brute_force":
+        raise ConfigError(
+            "sampler brute_force would wait for the values that hydra.sweeper.fixed leaves out; give sampler grid, "
+            "which tries every point that is left"
+        )
+    if not 0 < float(options["lease_s"]) < float(options["stale_s"]):
+        raise ConfigError(
+            f"hydra.sweeper.lease_s is {options['lease_s']} and stale_s {options['stale_s']}; a trial must give "
+            "several signs of life before it counts as interrupted"
+        )
     for key in options["constraints"]:
         if not objectives:
             raise ConfigError(
@@ -197,7 +239,25 @@ def _objectives(options: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str,
     return directions, names
 
 
-def _plan(options: Mapping[str, Any], config: DictConfig) -> SweepPlan:
+def _check_seeds(options: Mapping[str, Any], space: SearchSpace) -> None:
+    seeds, key = [int(seed) for seed in options["seeds"]], options["seed_key"]
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"hydra.sweeper.seeds is {seeds}; give each seed once")
+    if seeds and any(key.lstrip("+") in parameter.keys for parameter in space.parameters):
+        raise ConfigError(f"{key} is searched, and hydra.sweeper.seeds gives it values too; leave one of them out")
+
+
+def _first_seed(options: Mapping[str, Any]) -> list[str]:
+    return [f"{options['seed_key']}={int(seed)}" for seed in options["seeds"][:1]]
+
+
+def _plan(options: Mapping[str, Any], config: DictConfig, terms: SweepTerms) -> SweepPlan:
+    for key in ("target", "patience"):
+        if options[key] is not None and len(terms.directions) > 1:
+            raise ConfigError(
+                f"hydra.sweeper.{key} looks at one value, and there are {len(terms.directions)} objectives; give "
+                "n_trials or timeout"
+            )
     jobs = options["n_jobs"]
     if jobs is None:
         jobs = OmegaConf.select(config, "hydra.launcher.n_jobs", default=None) or 1
@@ -230,6 +290,7 @@ def _run_plan(options: Mapping[str, Any], config: DictConfig) -> RunPlan:
         subprocess=bool(options["subprocess"]),
         program=application_program() or own_program(),
         quiet=(QUIET,) if handlers and has_file else (),
+        hydra=run_overrides(config),
         prune_on=_on_validation(options["prune_on"]),
         prune_step=options["prune_step"],
     )
@@ -283,8 +344,6 @@ def _shown(parameter: Parameter) -> list[Any]:
 
 def _near(told: str, config: DictConfig) -> str:
     """The nearest key of the config, where Hydra says that it knows none of that name."""
-    import re
-
     named = re.search(r"Could not override '([^']+)'", told)
     if not named:
         return ""
@@ -321,10 +380,17 @@ def _gpus(given: Any, n_jobs: int) -> tuple[str, ...]:
     return tuple(found) if len(found) > 1 else ()
 
 
-def _make_folder(sweep_dir: Path, config: DictConfig) -> None:
+def _keep_config(config: DictConfig, terms: SweepTerms, sweep_dir: Path) -> None:
+    """What Hydra keeps of a multirun, and what a report needs; of a command that was not refused."""
+    OmegaConf.save(config, sweep_dir / "multirun.yaml")
+    save_terms(terms, sweep_dir, _application(config))
+
+
+def _make_folder(sweep_dir: Path) -> None:
     try:
         sweep_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, sweep_dir / "multirun.yaml")
+        with tempfile.TemporaryFile(dir=sweep_dir):
+            pass
     except OSError as error:
         raise ConfigError(
             f"the sweep folder {sweep_dir} cannot be written: {error.strerror}; set hydra.sweep.dir"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from research.errors import ConfigError
 from research.loops.signals import handled
 from research.sweeps.grammar import quoted
-from research.sweeps.sweep_study import await_tickets, beat_control, claim_control, open_study, tell_tickets
+from research.sweeps.sweep_study import (
+    await_tickets,
+    beat_control,
+    claim_control,
+    open_study,
+    refuse_foreign_runs,
+    tell_tickets,
+)
 from research.sweeps.trial_store import TrialStore
 from research.sweeps.trial_work import (
     BatchTask,
@@ -66,12 +73,15 @@ class SweepPlan:
         for key in ("n_trials", "n_jobs"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"hydra.sweeper.{key} is {getattr(self, key)}; expected at least 1")
+        if self.limits.patience is not None and self.limits.patience < 1:
+            raise ConfigError(f"hydra.sweeper.patience is {self.limits.patience}; expected at least 1, or null")
 
 
 class SweepController:
     """One command's part in a sweep.
 
     launcher_for  makes a Hydra launcher around a task
+    folder_for    trial's number, overrides -> the folder that Hydra gives it; None: one of its own in any case
     """
 
     def __init__(
@@ -81,43 +91,59 @@ class SweepController:
         task: Callable[[Any], Any],
         launcher_for: Callable[[Any], Any],
         terms: Mapping[str, Any],
+        folder_for: Callable[[int, list[str]], str] | None = None,
     ) -> None:
         self.plan, self.work, self.store, self.space = plan, work, work.store, work.space
-        self._task, self._launcher_for, self._terms = task, launcher_for, terms
+        self._task, self._launcher_for, self._terms, self._folder_for = task, launcher_for, terms, folder_for
         self._started = time.time()
+        self._goes_on_with, self._worker_error, self._trials = False, "", plan.n_trials
+
+    def open(self) -> None:
+        """Make the study or find it. Raises ConfigError for what cannot be swept, before anything is changed."""
+        self.plan.check()
+        self._trials = self._target()
+        refuse_foreign_runs(self.store, Path(self.work.sweep_dir))
+        self._goes_on_with = open_study(self.store, self._terms, resume=self.plan.resume, on_change=self.plan.on_change)
 
     def run(self, watch: Callable[[TrialStore, int], Any]) -> list[Any]:
         """Sweep until the target is met or a limit ends it; returns what the launcher returned, launch by launch.
 
+        The study is open by now.
+
         watch  (store, target) -> a context manager that shows how far the sweep is
         """
-        self.plan.check()
-        goes_on = open_study(self.store, self._terms, resume=self.plan.resume, on_change=self.plan.on_change)
         with self._control():
-            target = self._target()
-            if not goes_on:
+            target = self._trials
+            if not self._goes_on_with:
                 self._copy_trials()
-            self._top_up(target, goes_on)
+            self._top_up(target, self._goes_on_with)
             tell_tickets(self.store)
             with watch(self.store, target), handled({signal.SIGTERM: as_ctrl_c}):
-                returns = self._batches() if self.plan.mode == "batch" else self._workers()
+                try:
+                    returns = self._batches(target) if self.plan.mode == "batch" else self._workers(target)
+                finally:
+                    self._leave_none_taken()
         return returns
 
     # -- the trials there are -----------------------------------------------------------------------------------------
 
     def _target(self) -> int:
         """How many trials there are to be: a space that can be counted is tried once."""
-        exhaustive = self.work.store.terms.sampler["name"] in ("grid", "brute_force")
-        size = self.space.size() if exhaustive else None
-        if exhaustive and size is None:
-            continuous = [p.name for p in self.space.parameters if not p.choices and p.step is None and not p.is_int]
+        sampler, wanted, held = self.store.terms.sampler["name"], self.plan.n_trials, self.store.terms.fixed
+        if sampler not in ("grid", "brute_force"):
+            return wanted
+        endless = [p.name for p in self.space.parameters if p.name not in held and not p.is_countable]
+        if endless:
             raise ConfigError(
-                f"sampler {self.store.terms.sampler['name']} tries every point, and {', '.join(continuous)} has no end "
+                f"sampler {sampler} tries every point, and {', '.join(endless)} has no end "
                 "of values; give choice(...) or range(...), or another sampler"
             )
-        if size is not None and size < self.plan.n_trials:
-            log.info("the search has %s points: the target of %s trials is cut to it", size, self.plan.n_trials)
-        return self.plan.n_trials if size is None else min(size, self.plan.n_trials)
+        size = sum(1 for _ in islice(self.space.points(held), wanted + 1))  # of a vast space no more than needed
+        if size < wanted:
+            log.info("the search has %s points: the target of %s trials is cut to it", size, wanted)
+        elif size > wanted:
+            log.info("the search has more points than hydra.sweeper.n_trials=%s: the others are left out", wanted)
+        return min(size, wanted)
 
     def _top_up(self, target: int, goes_on: bool) -> None:
         """Add the trials that the target lacks: points given by hand first, a grid's in its order.
@@ -127,18 +153,21 @@ class SweepController:
         if goes_on:
             await_tickets(self.store)
         missing = target - self.store.counts().total
+        if missing < 0:
+            self.store.take_back_surplus(target)
         if missing <= 0:
             return
-        known = {_key(_point_of(trial)) for trial in self.store.trials()}
+        known = {_key(point) for trial in self.store.trials() for point in _points_of(trial)}
         given = [self.space.check_point(point, f"enqueue[{n}]") for n, point in enumerate(self.plan.enqueue)]
         first = [point for point in given if _key(point) not in known]
         points: list[Mapping[str, Any] | None] = [*first[:missing]]
         if self.store.terms.sampler["name"] == "grid":
             known |= {_key(point) for point in given}
-            points += [point for point in self.space.points() if _key(point) not in known]
+            untried = (p for p in self.space.points(self.store.terms.fixed) if _key(p) not in known)
+            points += islice(untried, missing - len(points))
         else:
             points += [None] * (missing - len(points))
-        self.store.add_tickets(points[:missing], target)
+        self.store.add_tickets(points, target)
 
     def _copy_trials(self) -> None:
         """Add the finished trials of another study; they are known to the sampler and count nowhere."""
@@ -158,7 +187,13 @@ class SweepController:
                 f"copy_from.study_name is {name!r}; {spec.described()} holds {', '.join(names) or 'none'}"
             )
         study, copied, left_out = self.store.study(), 0, 0
-        for trial in optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=True):
+        other = optuna.load_study(study_name=name, storage=storage)
+        if other.directions != study.directions:
+            raise ConfigError(
+                f"copy_from.study_name {name!r} goes {[d.name.lower() for d in other.directions]}, this study "
+                f"{list(self.store.terms.directions)}; its values mean something else"
+            )
+        for trial in other.get_trials(deepcopy=True):
             point = trial.params
             fits = set(point) <= self.space.names and trial.state is optuna.trial.TrialState.COMPLETE
             by_name = {parameter.name: parameter for parameter in self.space.parameters}
@@ -176,12 +211,13 @@ class SweepController:
 
     # -- running them -------------------------------------------------------------------------------------------------
 
-    def _batches(self) -> list[Any]:
+    def _batches(self, target: int) -> list[Any]:
         launcher = self._launcher_for(BatchTask(self.work, self._task))
         returns = []
         while self._goes_on():
             batch: list[tuple[int, list[str]]] = []
-            while len(batch) < self.plan.n_jobs and (trial := self.store.take(self.space, self._sampler_seed())):
+            room = min(self.plan.n_jobs, target - self.store.counts().under_way)
+            while len(batch) < room and (trial := self.store.take(self.space, self._sampler_seed())):
                 batch.append((trial.number, self.work.prepare(trial)))
             if not batch:
                 if not self.store.counts().running:
@@ -196,9 +232,12 @@ class SweepController:
         """Launch trials with consecutive numbers, which are their jobs' numbers."""
         numbers = [number for number, _ in group]
         overrides = [
-            [*overrides, *self.work.runs.plan.quiet, f"hydra.run.dir={quoted(self.work.folder(number))}"]
+            [
+                *overrides, *self.work.runs.plan.quiet, f"hydra.run.dir={quoted(self.work.folder(number))}",
+                *self._folder_of_its_own(number, overrides),
+            ]
             for number, overrides in group
-        ]
+        ]  # fmt: skip
         try:
             returns = launcher.launch(overrides, initial_job_idx=numbers[0])
         except KeyboardInterrupt:
@@ -215,7 +254,18 @@ class SweepController:
         self._give_up(numbers, "its job ended without telling how")
         return returns
 
-    def _workers(self) -> list[Any]:
+    def _folder_of_its_own(self, number: int, overrides: list[str]) -> list[str]:
+        """The override that gives a trial another folder, where a template such as x=${x} names that of another one."""
+        if self._folder_for is None:
+            return []
+        folder = self._folder_for(number, overrides)
+        taken = {trial.user_attrs.get("folder") for trial in self.store.trials() if trial.number != number}
+        is_taken = folder in taken
+        folder = f"{folder}_{number}" if is_taken else folder
+        self.store.note_folder(number, folder)
+        return [f"hydra.sweep.subdir={quoted(os.path.relpath(folder, self.work.sweep_dir))}"] if is_taken else []
+
+    def _workers(self, target: int) -> list[Any]:
         """Launch the workers, and again where some died: until nothing waits."""
         returns: list[Any] = []
         before, fruitless = -1, 0
@@ -224,28 +274,34 @@ class SweepController:
             fruitless = fruitless + 1 if finished == before else 0
             if fruitless >= FRUITLESS:
                 raise ConfigError(
-                    f"{FRUITLESS} launches of workers in a row finished no trial; see {self.work.sweep_dir}/workers"
+                    f"{FRUITLESS} launches of workers in a row finished no trial"
+                    f"{f' ({self._worker_error})' if self._worker_error else ''}; see {self.work.sweep_dir}/workers"
                 )
             before = finished
             counts = self.store.counts()
-            if not counts.waiting:
+            room = min(counts.waiting, target - counts.under_way)
+            if room < 1:
                 if not counts.running:
                     break
                 time.sleep(1.0)
                 before = -1
                 continue
-            returns.append(self._launch_workers(min(self.plan.n_jobs, counts.waiting)))
+            returns.append(self._launch_workers(min(self.plan.n_jobs, room), target))
         return returns
 
-    def _launch_workers(self, count: int) -> Any:
-        task = WorkerTask(self.work, self.plan.limits, self._started, self.plan.sampler_seed)
+    def _launch_workers(self, count: int, target: int) -> Any:
+        task = WorkerTask(self.work, self.plan.limits, self._started, self.plan.sampler_seed, target)
         mark = f"{os.uname().nodename}-{os.getpid()}-{int(time.time())}"
         overrides = [
             [*self.work.fixed, *self.work.runs.plan.quiet, f"hydra.sweep.subdir={quoted(f'workers/{mark}-{index}')}"]
             for index in range(count)
         ]
         try:
-            return self._launcher_for(task).launch(overrides, initial_job_idx=0)
+            returns = self._launcher_for(task).launch(overrides, initial_job_idx=0)
+            for told in failed_jobs(returns).values():
+                self._worker_error = told
+                log.warning("a worker ended with %s", told)
+            return returns
         except KeyboardInterrupt:
             self._wait_for_the_dying(counts=False)
             raise
@@ -280,13 +336,19 @@ class SweepController:
             if running:
                 time.sleep(0.2)
 
+    def _leave_none_taken(self) -> None:
+        """Let trials wait again that this process took and did not come to run: nothing of its own runs any more."""
+        for trial in self.store.trials():
+            if trial.state.name == "RUNNING" and _is_mine(trial.user_attrs.get("lease") or {}):
+                self.store.interrupted(trial.number, "its command ended before it began", counts=False)
+
     def _wait_for_the_dying(self, *, counts: bool) -> None:
         """Give workers that are being stopped a moment, then let their trials wait again."""
         deadline = time.monotonic() + DYING_S
         while time.monotonic() < deadline and self.store.counts().running:
             for number in [trial.number for trial in self.store.trials() if trial.state.name == "RUNNING"]:
                 lease = self.store.trial(number).user_attrs.get("lease") or {}
-                if lease and not _lives(lease):
+                if lease and (_is_mine(lease) or not _lives(lease)):
                     self.store.interrupted(number, "its worker died", counts=counts)
             time.sleep(0.2)
 
@@ -338,9 +400,9 @@ def _consecutive(batch: Sequence[tuple[int, list[str]]]) -> Iterator[list[tuple[
         yield [item for _, item in group]
 
 
-def _point_of(trial: Any) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = trial.params or trial.system_attrs.get("fixed_params", {})
-    return found
+def _points_of(trial: Any) -> list[Mapping[str, Any]]:
+    """The point of a trial, and what of it was given by hand."""
+    return [trial.params, trial.system_attrs.get("fixed_params", {})]
 
 
 def _key(point: Mapping[str, Any]) -> str:

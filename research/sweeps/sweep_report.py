@@ -144,9 +144,9 @@ def _write_table(rows: list[dict[str, Any]], folder: Path) -> None:
     writer.writerows(rows)
     write_atomic(folder / TRIALS_CSV, text.getvalue().encode())
     table = pa.table({column: _column([row.get(column) for row in rows]) for column in columns})
-    partial = folder / f"{TRIALS_PARQUET}.partial"
-    pq.write_table(table, partial)
-    partial.replace(folder / TRIALS_PARQUET)
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    write_atomic(folder / TRIALS_PARQUET, sink.getvalue())
 
 
 def _column(values: list[Any]) -> list[Any]:
@@ -173,8 +173,10 @@ def _write_results(best: "list[FrozenTrial]", store: TrialStore, folder: Path) -
 def _write_best(best: "list[FrozenTrial]", store: TrialStore, folder: Path, compose: Compose) -> None:
     """The best trial as an experiment; of several objectives one file for each trial that no other beats."""
     several = len(store.terms.directions) > 1
+    kept = {f"pareto_{trial.number}.yaml" for trial in best}
     for old in folder.glob("pareto_*.yaml"):
-        old.unlink()
+        if old.name not in kept or not several:
+            old.unlink(missing_ok=True)  # another command's report may have been quicker
     for trial in best:
         values = ", ".join(f"{n} {v:.6g}" for n, v in zip(value_names(store.terms), trial.values, strict=True))
         comment = f"trial {trial.number} of the sweep {store.terms.name}: {values}"

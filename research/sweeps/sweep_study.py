@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from research.errors import ConfigError
@@ -47,6 +48,29 @@ def open_study(store: TrialStore, terms: Mapping[str, Any], *, resume: str, on_c
         study.set_metric_names(list(store.terms.objectives))
     study.set_user_attr(TERMS, dict(terms))
     return False
+
+
+def refuse_foreign_runs(store: TrialStore, folder: Path) -> None:
+    """Raise ConfigError where the sweep's folder holds numbered runs that are none of the study's trials.
+
+    They would be written over, and gone on with from their checkpoints. Not asked of a study in memory.
+    """
+    import optuna
+
+    found = sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
+    if not found or store.terms.storage.name == "memory":
+        return
+    known: set[str] = set()
+    if store.terms.name in optuna.get_all_study_names(store.storage):
+        trials = store.study().get_trials(deepcopy=False)
+        known = {Path(str(trial.user_attrs.get("folder"))).name for trial in trials}
+    foreign = [str(number) for number in found if str(number) not in known]
+    if foreign:
+        told = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
+        raise ConfigError(
+            f"{folder} holds runs ({told}) that are no trials of the study {store.terms.name!r}, and would be written "
+            "over; choose another hydra.sweep.dir, or move them away"
+        )
 
 
 def await_tickets(store: TrialStore) -> None:
@@ -120,6 +144,12 @@ def _compare(store: TrialStore, terms: Mapping[str, Any], on_change: str) -> Non
             f"the study {where} is another search: {'; '.join(lines)}. Choose another study_name, or go on with "
             "hydra.sweeper.on_change=allow: finished trials are kept, and must fit the new space"
         )
+    never = _unchangeable(old.get("space", {}), _as_stored(terms).get("space", {}))
+    if never:
+        raise ConfigError(
+            f"the study {where} cannot go on with other choices, another scale or another type of {', '.join(never)}: "
+            "Optuna keeps them for the whole study. Choose another study_name; copy_from takes over what fits"
+        )
     found = [direction.name.lower() for direction in store.study().directions]
     if found != list(store.terms.directions):
         raise ConfigError(
@@ -127,6 +157,18 @@ def _compare(store: TrialStore, terms: Mapping[str, Any], on_change: str) -> Non
         )
     if lines:
         store.study().set_user_attr(TERMS, dict(terms))
+
+
+def _unchangeable(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The parameters of both spaces in which differs what Optuna compares: choices, log, integer or not."""
+
+    def kept(parameter: Any) -> Any:
+        if not isinstance(parameter, Mapping):
+            return None
+        choices = [[text.lstrip("+") for text in choice] for choice in parameter.get("choices", [])]
+        return choices, parameter.get("log"), parameter.get("type")
+
+    return [name for name in new if name in old and kept(old[name]) != kept(new[name])]
 
 
 def _as_stored(terms: Mapping[str, Any]) -> Any:

@@ -1,11 +1,14 @@
 """The runs of one trial: in this process or in one of its own, once or for every seed."""
 
+import argparse
+import ctypes
 import json
 import os
 import signal
 import statistics
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +28,20 @@ from research.sweeps.trial_context import TrialContext, within_trial
 RESULT_FILE = "trial_result.json"
 STDERR_FILE = "stderr.log"
 KILL_AFTER_S = 30.0
+_PR_SET_PDEATHSIG = 1
 
 
 class TrialFailed(RuntimeError):
-    """A run that ended in a process of its own, with its last lines."""
+    """A run that failed elsewhere or in another way than by an exception, and that run's own traceback."""
+
+    trace = ""
+
+    @classmethod
+    def of(cls, told: str, trace: str) -> "TrialFailed":
+        """With the traceback, which travels between processes."""
+        made = cls(told)
+        made.trace = trace
+        return made
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,7 @@ class RunPlan:
     subprocess  every run in a process of its own, which frees what it held: memory, a GPU, ranks
     program     what starts the application there, such as [python, script.py]
     quiet       overrides that keep a run's log out of the terminal
+    hydra       the command's overrides of Hydra's own config that hold for a run too, such as hydra.job.chdir
     prune_on, prune_step  what the runs report to a pruner, and what the reports count; see `TrialContext`
     """
 
@@ -48,6 +62,7 @@ class RunPlan:
     subprocess: bool = False
     program: tuple[str, ...] = ()
     quiet: tuple[str, ...] = ()
+    hydra: tuple[str, ...] = ()
     prune_on: str | None = None
     prune_step: str = "step"
 
@@ -83,7 +98,7 @@ class TrialRuns:
                 continue
             overrides = (*context.overrides, f"{self.plan.seed_key}={seed}")
             folder = str(Path(context.folder) / f"seed_{seed}")
-            returned[str(seed)] = self._one(_replaced(context, overrides, folder))
+            returned[str(seed)] = plain_returned(self._one(_replaced(context, overrides, folder)))
             note(str(seed), returned[str(seed)])
         return mean_of([returned[str(seed)] for seed in self.plan.seeds])
 
@@ -96,7 +111,7 @@ class TrialRuns:
         loader = self._hydra_context.config_loader
         config = loader.load_configuration(
             config_name=HydraConfig.get().job.config_name,
-            overrides=[*context.overrides, *self.plan.quiet, f"hydra.run.dir={quoted(context.folder)}"],
+            overrides=[*self._overrides(context), f"hydra.run.dir={quoted(context.folder)}"],
             run_mode=RunMode.RUN,
         )
         with read_write(config.hydra.job), open_dict(config.hydra.job):
@@ -112,22 +127,28 @@ class TrialRuns:
             raise done._return_value
         return done._return_value
 
+    def _overrides(self, context: TrialContext) -> list[str]:
+        return [*context.overrides, *self.plan.hydra, *self.plan.quiet]
+
     def _in_child(self, context: TrialContext) -> Any:
         """One run as the application's own single run, in a new process."""
         folder = Path(context.folder)
         folder.mkdir(parents=True, exist_ok=True)
         result = folder / RESULT_FILE
         result.unlink(missing_ok=True)
-        told = [f"+hydra.callbacks.trial_result._target_={WriteResult.__module__}.WriteResult"]
+        callback = f"+hydra.callbacks.trial_result._target_={WriteResult.__module__}.WriteResult"
         command = [
-            *self.plan.program, *context.overrides, *self.plan.quiet, "hydra.mode=RUN",
-            f"hydra.run.dir={quoted(context.folder)}", *told,
+            *self.plan.program, *self._overrides(context), "hydra.mode=RUN",
+            f"hydra.run.dir={quoted(context.folder)}", callback,
         ]  # fmt: skip
         with (folder / STDERR_FILE).open("a") as errors:
-            code = _wait(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors))
+            code = _wait(
+                subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=_dies_with_parent())
+            )
         if not result.exists():
-            lines = (folder / STDERR_FILE).read_text().strip().splitlines()[-20:]
-            raise TrialFailed(f"the run's process ended with code {code} and no result\n" + "\n".join(lines))
+            lines = (folder / STDERR_FILE).read_text(errors="replace").strip().splitlines()[-20:]
+            reason = f"the run's process ended with code {code} and no result; see {folder / STDERR_FILE}"
+            raise TrialFailed.of(reason, "\n".join(lines))
         return _read_result(result)
 
 
@@ -142,10 +163,15 @@ class WriteResult(Callback):
             told = {"status": "completed", "returned": value}
         else:
             pruned = any(kind.__name__ == "TrialPruned" for kind in type(value).__mro__)
-            told = {"status": "pruned" if pruned else "failed", "error": f"{type(value).__name__}: {value}"}
+            trace = "".join(traceback.format_exception(value)) if isinstance(value, BaseException) else ""
+            told = {
+                "status": "pruned" if pruned else "failed",
+                "error": f"{type(value).__name__}: {value}",
+                "traceback": trace,
+            }
         path = Path(config.hydra.runtime.output_dir) / RESULT_FILE
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(_plain(told)))
+        partial.write_text(json.dumps(plain_returned(told)))
         partial.replace(path)
 
 
@@ -172,13 +198,34 @@ def mean_of(returned: Sequence[Any]) -> Any:
 
 
 def own_program() -> tuple[str, ...]:
-    """What starts this application again: its script or its module."""
+    """What starts this application again: its script or its module, with the config that it was told to take."""
     import __main__
 
     spec = getattr(__main__, "__spec__", None)
+    flags = _config_flags(sys.argv[1:])
     if spec is not None:
-        return (sys.executable, "-m", spec.name.removesuffix(".__main__"))
-    return (sys.executable, str(Path(sys.argv[0]).absolute()))
+        return (sys.executable, "-m", spec.name.removesuffix(".__main__"), *flags)
+    return (sys.executable, str(Path(sys.argv[0]).absolute()), *flags)
+
+
+def _config_flags(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Hydra's flags that say which config an application has, paths made absolute where they are the folder's."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-name", "-cn")
+    parser.add_argument("--config-path", "-cp")
+    parser.add_argument("--config-dir", "-cd")
+    given = parser.parse_known_args(list(arguments))[0]
+    folder = str(Path(given.config_dir).absolute()) if given.config_dir else None
+    told = {"--config-name": given.config_name, "--config-path": given.config_path, "--config-dir": folder}
+    return tuple(text for flag, value in told.items() if value for text in (flag, value))
+
+
+def _dies_with_parent() -> Callable[[], None] | None:
+    """For a child on Linux: killed when this process is, or an orphan would work on beside the trial's next attempt."""
+    if not sys.platform.startswith("linux"):
+        return None
+    system = ctypes.CDLL(None)
+    return lambda: system.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def _replaced(context: TrialContext, overrides: tuple[str, ...], folder: str) -> TrialContext:
@@ -220,17 +267,20 @@ def _read_result(path: Path) -> Any:
     if told["status"] == "pruned":
         raise TrialPruned(told["error"].partition(": ")[2])
     if told["status"] == "failed":
-        raise TrialFailed(told["error"])
+        raise TrialFailed.of(told["error"], told["traceback"])
     return told["returned"]
 
 
-def _plain(value: Any) -> Any:
+def plain_returned(value: Any) -> Any:
+    """What a task returned as plain values: numbers of numpy and torch as Python's, their arrays as lists."""
     if OmegaConf.is_config(value):
         return OmegaConf.to_container(value, resolve=True)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_returned(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
+        return [plain_returned(item) for item in value]
+    if value is None or isinstance(value, bool | int | str):
         return value
+    if hasattr(value, "tolist"):
+        return plain_returned(value.tolist())
     return float(value) if hasattr(value, "__float__") else str(value)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 TRACEBACK_LINES = 30
+LONGEST_LINE, LONGEST_REASON = 400, 2000
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ class Counts:
     def finished(self) -> int:
         """Trials that count towards the target."""
         return self.complete + self.pruned + self.failed
+
+    @property
+    def under_way(self) -> int:
+        """Trials that are finished, or will be."""
+        return self.finished + self.running
 
     @property
     def total(self) -> int:
@@ -137,7 +143,7 @@ class TrialStore:
         import optuna
         from optuna.trial import TrialState
 
-        done = [t for t in self.trials() if t.state is TrialState.COMPLETE and _is_feasible(t)]
+        done = [t for t in self.trials() if t.state is TrialState.COMPLETE and is_feasible(t)]
         signs = [-1.0 if direction == "maximize" else 1.0 for direction in self.terms.directions]
         if len(signs) > 1:
             directions: Any = list(self.terms.directions)
@@ -178,15 +184,17 @@ class TrialStore:
             else:
                 study.enqueue_trial(dict(point), user_attrs=mine)
         if target is not None:
-            self._take_back_surplus(target, mine["added_by"])
+            self.take_back_surplus(target, mine["added_by"])
 
-    def _take_back_surplus(self, target: int, added_by: str) -> None:
+    def take_back_surplus(self, target: int, added_by: str | None = None) -> None:
+        """Take back waiting trials beyond the target which were never begun: of one process, or of any."""
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
         counted = [trial for trial in self.trials() if "retried" not in trial.user_attrs]
         for trial in counted[target:]:
-            if trial.state is TrialState.WAITING and trial.user_attrs.get("added_by") == added_by:
+            is_meant = added_by is None or trial.user_attrs.get("added_by") == added_by
+            if trial.state is TrialState.WAITING and is_meant and "folder" not in trial.user_attrs:
                 try:
                     with self.terms.storage.exclusively():
                         taken = self.storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING)
@@ -240,6 +248,7 @@ class TrialStore:
     def leased(self, number: int) -> Iterator["Trial"]:
         """Hold a running trial: its owner is this process, which gives signs of life from a thread meanwhile."""
         import optuna
+        from optuna.exceptions import UpdateFinishedTrialError
 
         trial = self.trial(number)
         held = optuna.trial.Trial(self.study(), trial._trial_id)
@@ -248,14 +257,16 @@ class TrialStore:
         stop = threading.Event()
 
         def beat() -> None:
-            storage = self.terms.storage.open() if self.terms.storage.name != "memory" else self.storage
-            count = 0
+            storage, count = self.storage if self.terms.storage.name == "memory" else None, 0
             while not stop.wait(self.terms.lease_s):
                 count += 1
                 try:
+                    storage = storage or self.terms.storage.open()
                     storage.set_trial_user_attr(trial._trial_id, "lease", {**this_process(), "beat": count})
+                except UpdateFinishedTrialError:
+                    return  # told meanwhile
                 except Exception:
-                    return  # told meanwhile, or the storage is gone: the next one to look will see a silent lease
+                    continue  # the storage is out of reach for now
 
         thread = threading.Thread(target=beat, daemon=True, name=f"lease of trial {number}")
         thread.start()
@@ -279,7 +290,8 @@ class TrialStore:
         for trial in self.trials():
             if trial.state is not TrialState.RUNNING or (among is not None and trial.number not in among):
                 continue
-            if self._beats.is_stale(trial.number, trial.user_attrs.get("lease")):
+            lease = trial.user_attrs.get("lease")
+            if self._beats.is_stale(trial.number, lease) and self.trial(trial.number).user_attrs.get("lease") == lease:
                 found.append(trial.number)
                 self.interrupted(trial.number, "its process died")
         return found
@@ -304,10 +316,16 @@ class TrialStore:
         try:
             if not counts:
                 self.storage.set_trial_user_attr(trial._trial_id, "attempts", max(0, attempts - 1))
-            self.storage.set_trial_user_attr(trial._trial_id, "interrupted", reason)
+            self.storage.set_trial_user_attr(trial._trial_id, "interrupted", _cut(reason, LONGEST_REASON))
+            # whoever takes it next writes a lease of its own, and is not to be seen with that of the dead before
+            self.storage.set_trial_user_attr(trial._trial_id, "lease", None)
             self.storage.set_trial_state_values(trial._trial_id, state=TrialState.WAITING)
         except UpdateFinishedTrialError:
             pass  # it ended after all
+
+    def note_folder(self, number: int, folder: str) -> None:
+        """Keep where a trial's run is to lie."""
+        self.storage.set_trial_user_attr(self.trial(number)._trial_id, "folder", folder)
 
     def complete(self, number: int, returned: Any) -> None:
         """Tell the value of a trial that ran to its end; one that is no value fails it, with the reason."""
@@ -327,7 +345,7 @@ class TrialStore:
 
         trial = self.trial(number)
         if not trial.state.is_finished():
-            self.storage.set_trial_user_attr(trial._trial_id, "reason", reason or "pruned")
+            self.storage.set_trial_user_attr(trial._trial_id, "reason", _cut(reason or "pruned", LONGEST_REASON))
         self.study().tell(number, state=TrialState.PRUNED, skip_if_finished=True)
 
     def failed(self, number: int, reason: str, trace: str) -> None:
@@ -338,8 +356,9 @@ class TrialStore:
         if trial.state.is_finished():
             return
         again = int(trial.user_attrs.get("retry", 0)) < self.terms.retries
-        self.storage.set_trial_user_attr(trial._trial_id, "reason", reason)
-        self.storage.set_trial_user_attr(trial._trial_id, "traceback", "\n".join(trace.splitlines()[-TRACEBACK_LINES:]))
+        tail = [_cut(line, LONGEST_LINE) for line in trace.splitlines()[-TRACEBACK_LINES:]]
+        self.storage.set_trial_user_attr(trial._trial_id, "reason", _cut(reason, LONGEST_REASON))
+        self.storage.set_trial_user_attr(trial._trial_id, "traceback", "\n".join(tail))
         if again:
             self.storage.set_trial_user_attr(trial._trial_id, "retried", True)
         study = self.study()
@@ -398,8 +417,15 @@ def _scaled(value: float, worst: float, best: float) -> float:
     return min(1.0, max(0.0, (value - worst) / (best - worst)))
 
 
-def _is_feasible(trial: "FrozenTrial") -> bool:
+def is_feasible(trial: "FrozenTrial") -> bool:
+    """Whether a trial oversteps no constraint."""
     return all(overstepped <= 0 for overstepped in trial.constraints.values())
+
+
+def _cut(text: str, length: int) -> str:
+    """A text short enough for any storage, without what no file can hold: lone surrogates and NUL."""
+    text = text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _short(value: Any) -> str:

@@ -14,14 +14,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from research.errors import ConfigError
 from research.loops.signals import handled
 from research.results.record import git_revision
 from research.sweeps.search_space import SearchSpace
 from research.sweeps.trial_context import TrialContext
-from research.sweeps.trial_runs import TrialRuns
+from research.sweeps.trial_runs import TrialFailed, TrialRuns, plain_returned
 from research.sweeps.trial_store import TrialStore, trace_of
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class SweepLimits:
         values = [float(trial.values[0]) for trial in trials if trial.state is TrialState.COMPLETE]
         sign = -1.0 if store.terms.directions[0] == "maximize" else 1.0
         signed = [sign * value for value in values]
-        if self.target is not None and signed and min(signed) <= sign * self.target:
+        best = store.best_trials() if self.target is not None else []
+        if self.target is not None and best and sign * best[0].values[0] <= sign * self.target:
             return f"the target {self.target} is reached"
         if (
             self.patience is not None
@@ -147,10 +148,12 @@ class TrialWork:
             except BaseException as error:
                 self._spent(trial, started)
                 told = "out of memory: " if _is_out_of_memory(error) else ""
-                self.store.failed(number, f"{told}{type(error).__name__}: {error}", trace_of(error))
+                self.store.failed(number, f"{told}{reason_of(error)}", getattr(error, "trace", "") or trace_of(error))
+                if isinstance(error, SystemExit):  # it ends the trial, not the sweep
+                    raise TrialFailed.of(reason_of(error), trace_of(error)) from error
                 raise
             self._spent(trial, started)
-            self.store.complete(number, returned)
+            self.store.complete(number, plain_returned(returned))
         return returned
 
     def _context(self, number: int, overrides: list[str], folder: str) -> TrialContext:
@@ -204,7 +207,11 @@ class BatchTask:
         number = int(hydra.job.num)
         pin_gpu(self.work.gpus, number)
         folder = str(hydra.runtime.output_dir)
-        return self.work.work_on(number, list(hydra.overrides.task), lambda: self.task(cfg), folder)
+        overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+        try:
+            return self.work.work_on(number, overrides, lambda: self.task(cfg), folder)
+        except Exception as error:
+            raise portable(error) from None
 
 
 @dataclass
@@ -215,6 +222,7 @@ class WorkerTask:
     limits: SweepLimits
     started: float
     seed: int | None = None
+    target: int | None = None
     done: list[int] = field(default_factory=list)
 
     def __call__(self, cfg: DictConfig) -> list[int]:
@@ -223,7 +231,8 @@ class WorkerTask:
         store, seed = self.work.store, worker_seed(self.seed, index, os.getpid())
         while self.limits.reason(store, self.started) is None:
             store.give_back_stale()
-            trial = store.take(self.work.space, seed)
+            is_met = self.target is not None and store.counts().under_way >= self.target
+            trial = None if is_met else store.take(self.work.space, seed)
             if trial is None:
                 break
             try:
@@ -272,8 +281,27 @@ def as_ctrl_c(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
+def reason_of(error: BaseException) -> str:
+    """An error in a line or two; of a run in a process of its own that run's error."""
+    return str(error) if isinstance(error, TrialFailed) else f"{type(error).__name__}: {error}"
+
+
+def portable(error: Exception) -> Exception:
+    """The error, or its text where no other process could read it: it would take a launcher's workers with it."""
+    import copy
+    import pickle
+
+    try:
+        pickle.dumps(error)
+        copy.deepcopy(error)  # builds it anew from its arguments, as reading it would
+    except Exception:
+        return TrialFailed.of(reason_of(error), trace_of(error))
+    return error
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    names = ("MemoryError", "OutOfMemoryError")
+    return isinstance(error, MemoryError) or type(error).__name__ in names or reason_of(error).startswith(names)
 
 
 def failed_jobs(returns: Any) -> Mapping[int, str]:

@@ -127,7 +127,7 @@ def test_divergence_names() -> None:
 def test_study_and_verdict_keys() -> None:
     assert STUDY_KEYS == (
         "study", "claim", "question", "base", "requires", "arms", "factors", "seeds", "metric", "lower_is_better",
-        "comparison", "secondary", "published", "budget", "presets", "curves",
+        "comparison", "secondary", "published", "budget", "presets", "curves", "command",
     )  # fmt: skip
     assert VERDICT_KEYS == (
         "study", "claim", "verdict", "reason", "metric", "arms", "requires", "comparison", "secondary", "published",

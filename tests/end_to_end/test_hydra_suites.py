@@ -1,15 +1,29 @@
 """Hydra's own suites for plugins, against this sweeper: what any launcher and any application may rely on."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
+from hydra.version import VersionBase
 
 from hydra_plugins.optuna_study_sweeper.sweeper import OptunaStudySweeper
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_process_of_its_own() -> Iterator[None]:
+    """Applications that earlier tests ran set a version base, on which the working folder of a job depends."""
+    base, fresh = VersionBase.instance(), object.__new__(VersionBase)
+    fresh.__init__()  # type: ignore[misc]
+    kept, base.version_base = base.version_base, fresh.version_base
+    yield
+    base.version_base = kept
+
+
 GRID = ["hydra/sweeper=optuna_study", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=2"]
 
 

@@ -19,6 +19,11 @@ JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 Rows = list[dict[str, str]]
 
 
+def takes_ctrl_c() -> None:
+    """In a new process, before the program begins: a suite in the background has handed on that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Sweep:
     """One sweep of the test application in a folder."""
 
@@ -35,7 +40,7 @@ class Sweep:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"}
         return subprocess.Popen(
             self.command(*more), cwd=self.folder.parent, env=environment, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            stderr=subprocess.STDOUT, text=True, start_new_session=True, preexec_fn=takes_ctrl_c,
         )  # fmt: skip
 
     def run(self, *more: str) -> str:
@@ -306,6 +311,10 @@ def test_points_by_hand_come_first_and_known_trials_are_copied(sweep: Callable[.
         (["x=1,2", "hydra.sweeper.n_trials=0"], "at least 1"),
         (["x=1,2", "hydra.sweeper.mode=worker"], "batch, workers"),
         (["x=1,2", "hydra.sweeper.prune_on=test/errors"], "validation"),
+        (["x=1,2", "hydra.sweeper.patience=0"], "patience is 0"),
+        (["x=1,2", "seed=1,2", "hydra.sweeper.seeds=[1,2]"], "seed is searched"),
+        (["x=1,2", "hydra/sweeper/sampler=cmaes", "hydra.sweeper.direction=[minimize,minimize]"], "one value"),
+        (["x=1,2", "hydra/sweeper/sampler=brute_force", "hydra.sweeper.fixed={x: 1}"], "give sampler grid"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_a_trial_is_made(
@@ -340,3 +349,73 @@ def test_a_second_controller_is_refused_and_workers_join(sweep: Callable[..., Sw
     rows = search.rows()
     assert [row["state"] for row in rows].count("complete") == len(rows) and len(rows) in (14, 15, 16)
     assert all(search.ran(row["number"]) == 1 for row in rows)
+
+
+def test_a_refused_command_leaves_the_report_as_it_was(sweep: Callable[..., Sweep]) -> None:
+    search = sweep("x=range(0,4)", "hydra/sweeper/sampler=grid")
+    search.run()
+    before = {path.name: path.read_bytes() for path in search.folder.glob("*.*") if "journal" not in path.name}
+    out = search.run("hydra.sweeper.direction=maximize")
+    assert search.code != 0 and "directions was" in out
+    out = search.run("hydra.sweeper.study_name=another")
+    assert search.code != 0 and "would be written over" in " ".join(out.split())
+    assert {path.name: path.read_bytes() for path in search.folder.glob("*.*") if path.name in before} == before
+
+
+def test_a_lowered_target_ends_the_sweep_there(sweep: Callable[..., Sweep]) -> None:
+    search = sweep("x=range(0,6)", "kind=a,b", "hydra/sweeper/sampler=grid", "hydra.sweeper.fixed={kind: b}")
+    search.run("hydra.sweeper.target=2")
+    assert [row["state"] for row in search.rows()] == ["complete"] * 2 + ["waiting"] * 4
+    search.run("hydra.sweeper.n_trials=3")
+    assert [row["param:x"] for row in search.rows()] == ["0", "1", "2"]
+    search.run("hydra.sweeper.n_trials=9", "hydra.sweeper.mode=workers")
+    rows = search.rows()
+    assert sorted(row["param:x"] for row in rows) == ["0", "1", "2", "3", "4", "5"], "every point of the grid once"
+    assert {(row["param:kind"], row["state"]) for row in rows} == {("b", "complete")}
+
+
+ODD_APP = """
+import sys
+import hydra, numpy
+@hydra.main(version_base="1.3", config_path=".", config_name="plain")
+def main(cfg):
+    open("here.txt", "a").write("x")
+    if cfg.kind == "exit":
+        sys.exit(3)
+    if cfg.kind == "bytes":
+        raise MemoryError("no \\udcff")
+    return {"loss": numpy.float32(cfg.x), "cost": numpy.int64(3)}
+main()
+"""
+
+
+@pytest.mark.parametrize("more", [(), ("hydra.sweeper.subprocess=true",), ("hydra.sweeper.mode=workers",)])
+def test_any_application_with_any_ends(more: tuple[str, ...], tmp_path: Path) -> None:
+    """Another config, working folders, numbers of numpy, an exit, a text that is no text; never the sweep's end."""
+    (tmp_path / "app.py").write_text(ODD_APP)
+    (tmp_path / "plain.yaml").write_text("{kind: a, x: 1.0}\n")
+    (tmp_path / "other.yaml").write_text("{kind: a, x: 2.5}\n")
+    search = Sweep(tmp_path)
+    command = [
+        sys.executable, "app.py", "-m", "-cn", "other", "hydra/sweeper=optuna_study", "hydra.sweep.dir=sweep",
+        "kind=exit,bytes,a,b", "hydra/sweeper/sampler=grid", "hydra.job.chdir=true", "hydra.sweeper.seeds=[1,2]",
+        "hydra.sweeper.seed_key=+seed", "hydra.sweeper.objectives={loss: minimize}",
+        "hydra.sweeper.constraints={cost: 3}", *more,
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    rows = search.rows()
+    assert [row["state"] for row in rows] == ["failed", "failed", "complete", "complete"], done.stderr
+    assert "SystemExit: 3" in rows[0]["reason"] or "ended with code 3" in rows[0]["reason"]
+    assert rows[1]["reason"] == "out of memory: MemoryError: no \\udcff"
+    assert [(row["loss"], row["feasible"]) for row in rows[2:]] == [("2.5", "True")] * 2
+    assert (search.folder / "2" / "seed_1" / "here.txt").read_text() == "x", "where the run's own folder is"
+
+
+def test_a_template_of_folders_gives_every_trial_its_own(sweep: Callable[..., Sweep]) -> None:
+    search = sweep("x=1,2", "hydra/sweeper/sampler=random", "hydra.sweep.subdir=x_${x}", "hydra.sweeper.n_jobs=2")
+    search.run("hydra.sweeper.n_trials=3")
+    search.run("hydra.sweeper.n_trials=5")
+    folders = [Path(row["folder"]) for row in search.rows()]
+    assert len(set(folders)) == 5 and all(len((one / "ran.txt").read_text().splitlines()) == 1 for one in folders)
+    assert {folder.name[:3] for folder in folders} == {"x_1", "x_2"}

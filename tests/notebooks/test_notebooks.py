@@ -24,7 +24,7 @@ def _text(outputs: list) -> str:
 
 
 def test_there_is_a_notebook_for_each_method() -> None:
-    assert [path.name for path in NOTEBOOKS] == ["01_soft_targets.ipynb", "02_traces.ipynb"]
+    assert [path.name for path in NOTEBOOKS] == ["01_soft_targets.ipynb", "02_traces.ipynb", "03_on_policy.ipynb"]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -134,6 +134,26 @@ def test_a_run_without_the_metric_or_without_a_curve_is_named(workshop) -> None:
     (study.path.parent / "curves.csv").unlink(missing_ok=True)
 
 
+def test_an_arm_that_was_never_measured_is_named_on_the_figure_and_one_that_no_arm_measured_is_refused(
+    workshop,
+) -> None:
+    study = filled(workshop)
+    unmeasured = [{"step": 1.0, "spent_flops": 1e9, "val/nll": 1.0}]
+    for seed in study.seeds:
+        write_curve(workshop.runs / f"hard/seed={seed}/curve.csv", unmeasured)
+    collect(study, workshop.runs)
+    groups = read_study_curves(study.path.parent / "curves.csv", study)
+    assert groups["hard"][0][0]["spent_flops"] == 1e9 and groups["hard"][0][0]["val/accuracy"] is None
+    plot = curve_plot(study, CurveSpec("val/accuracy", "flops"), groups)
+    assert [line["label"] for line in plot["lines"]] == ["soft (n = 6)"] and plot["unmeasured"] == ["hard"]
+    figure = build_report(study.path.parent)["curve_val_accuracy_flops.svg"].read_text()
+    assert "not measured while it was trained: hard" in figure
+    for seed in study.seeds:
+        write_curve(workshop.runs / f"soft/seed={seed}/curve.csv", unmeasured)
+    with pytest.raises(StudyError, match=r"hard/seed=0 measured no 'val/accuracy'; valid: val/nll"):
+        collect(study, workshop.runs)
+
+
 def test_records_without_rows_are_refused_by_the_report(workshop) -> None:
     study = filled(workshop)
     collect(study, workshop.runs)

@@ -31,7 +31,7 @@ presets:
 def test_study_keys_are_frozen() -> None:
     assert STUDY_KEYS == (
         "study", "claim", "question", "base", "requires", "arms", "factors", "seeds", "metric", "lower_is_better",
-        "comparison", "secondary", "published", "budget", "presets", "curves",
+        "comparison", "secondary", "published", "budget", "presets", "curves", "command",
     )  # fmt: skip
 
 

@@ -213,3 +213,25 @@ def test_a_parameter_that_is_searched_twice_is_refused() -> None:
     block = {"when": {"m": "a"}, "params": {"t": "1,2"}}
     with pytest.raises(ConfigError, match="t is searched twice"):
         space_of({"m": ["a", "b"], "t": [1, 2]}, conditional=[block])
+
+
+def test_a_key_that_a_zipped_group_writes_is_searched_once() -> None:
+    with pytest.raises(ConfigError, match="x is searched twice"):
+        space_of({}, "x=1,2", zipped={"pair": {"x": [3, 4], "kind": ["a", "b"]}})
+
+
+def test_a_held_parameter_has_one_value_in_every_point() -> None:
+    space = space_of({"method": ["hard", "soft", "both"], "lr": "interval(0,1)"}, conditional=BLOCKS)
+    found = list(space.points({"lr": 0.5, "method": "both", "temperature": 4}))
+    assert [point["weight"] for point in found] == [0.1, 0.9]
+    assert all(point["lr"] == 0.5 and point["temperature"] == 4 for point in found)
+
+
+def test_a_point_of_a_zipped_group_is_given_by_its_keys() -> None:
+    space = space_of({}, zipped={"size": {"width": [10, 10, 30], "model": ["a", "b", "c"]}})
+    (size,) = space.parameters
+    for named in ({"width": 10, "model": "b"}, {"model": "b", "width": 10}, size.values()[1]):
+        assert space.check_point({"size": named}, "enqueue[0]") == {"size": size.values()[1]}
+    assert space.check_point({"size": 30}, "enqueue[0]") == {"size": size.values()[2]}
+    with pytest.raises(ConfigError, match="outside"):  # which of the two?
+        space.check_point({"size": 10}, "enqueue[0]")

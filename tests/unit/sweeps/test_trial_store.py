@@ -10,16 +10,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState
 
 from research.errors import ConfigError
 from research.sweeps.engines import FlockOnFile, StorageSpec, build_pruner, build_sampler, storage_spec
 from research.sweeps.owners import Beats, is_alive, this_process
 from research.sweeps.search_space import SearchSpace, parse_space
-from research.sweeps.sweep_study import claim_control, differences, open_study
+from research.sweeps.sweep_study import claim_control, differences, open_study, refuse_foreign_runs
+from research.sweeps.trial_runs import plain_returned
 from research.sweeps.trial_store import SweepTerms, TrialStore
+from research.sweeps.trial_work import portable
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 TPE = {"name": "tpe", "n_startup_trials": 10, "n_ei_candidates": 24, "multivariate": True, "constant_liar": True}
@@ -389,3 +393,136 @@ def test_every_sampler_and_pruner_of_the_config_is_built() -> None:
         if settings["name"] == "patient":
             settings["wrapped"] = {"name": "median"}
         assert isinstance(build_pruner(settings), optuna.pruners.BasePruner)
+
+
+def test_a_lowered_target_takes_back_what_was_never_begun(store: TrialStore) -> None:
+    store.add_tickets([None] * 6)
+    for _ in range(3):
+        trial = store.take(space_of(), 0)
+        assert trial is not None
+        store.note_folder(trial.number, f"sweep/{trial.number}")
+    store.complete(0, 1.0)
+    store.interrupted(2, "killed")
+    store.take_back_surplus(2)
+    counts = store.counts()
+    assert (counts.complete, counts.running, counts.waiting) == (1, 1, 1), "2 was begun, and has a folder"
+    assert [trial.number for trial in store.trials()] == [0, 1, 2]
+
+
+def test_a_trial_taken_from_a_dead_process_is_not_seen_with_its_lease(store: TrialStore) -> None:
+    """Between taking and leasing it must not be given back: a second process would run it too."""
+    store.add_tickets([None])
+    store.take(space_of(), 0)
+    dead = {**this_process(), "start": "another", "beat": 0}
+    store.storage.set_trial_user_attr(store.trial(0)._trial_id, "lease", dead)
+    assert store.give_back_stale() == [0]
+    store.storage.set_trial_state_values(store.trial(0)._trial_id, state=TrialState.RUNNING)
+    assert store.give_back_stale() == [] and store.trial(0).state is TrialState.RUNNING
+
+
+def test_signs_of_life_go_on_after_the_storage_was_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_of(spec_of("journal", tmp_path), lease_s=0.02)
+    store.add_tickets([None])
+    store.take(space_of(), 0)
+    opened, failures = StorageSpec.open, [OSError("away"), OSError("away")]
+
+    def flaky(spec: StorageSpec) -> Any:
+        if failures:
+            raise failures.pop()
+        return opened(spec)
+
+    monkeypatch.setattr(StorageSpec, "open", flaky)
+    with store.leased(0):
+        deadline = time.monotonic() + 10
+        while store.trial(0).user_attrs["lease"]["beat"] < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert not failures and store.trial(0).user_attrs["lease"]["beat"] >= 3
+
+
+def test_a_reason_fits_every_storage_and_file(store: TrialStore) -> None:
+    store.add_tickets([None])
+    store.take(space_of(), 0)
+    store.failed(0, "no file \udcff\0" + "h" * 10**6, "line\n" + "h" * 10**6)
+    attrs = store.trial(0).user_attrs
+    assert attrs["reason"].startswith("no file \\udcff\\0hhh") and len(attrs["reason"]) == 2000
+    assert len(attrs["traceback"]) < 500
+    attrs["reason"].encode()
+
+
+def test_what_optuna_keeps_for_a_whole_study_cannot_change(tmp_path: Path) -> None:
+    store = TrialStore(SweepTerms(storage=spec_of("journal", tmp_path), name="sweep"))
+    first = {"space": space_of(kind=["a", "b"], x="interval(0,1)").described()}
+    open_study(store, first, resume="auto", on_change="refuse")
+    for params in ({"kind": ["a", "c"]}, {"x": "tag(log,interval(1,2))"}, {"x": "range(0,3)"}, {"x": [1, 2]}):
+        with pytest.raises(ConfigError, match=f"another type of {next(iter(params))}"):
+            open_study(store, {"space": space_of(**params).described()}, resume="auto", on_change="allow")
+    wider = {"space": space_of(kind=["a", "b"], x="interval(0,9)", new=[1, 2]).described()}
+    assert open_study(store, wider, resume="auto", on_change="allow") is True
+
+
+def test_runs_that_are_none_of_the_studys_are_not_written_over(tmp_path: Path) -> None:
+    store = store_of(spec_of("journal", tmp_path))
+    store.add_tickets([None] * 2)
+    refuse_foreign_runs(store, tmp_path)
+    (tmp_path / "0").mkdir()
+    with pytest.raises(ConfigError, match=r"holds runs \(0\) that are no trials"):
+        refuse_foreign_runs(store, tmp_path)
+    store.note_folder(0, f"/moved/since/{0}")
+    refuse_foreign_runs(store, tmp_path)
+    with pytest.raises(ConfigError, match="of the study 'other'"):
+        refuse_foreign_runs(TrialStore(SweepTerms(storage=store.terms.storage, name="other")), tmp_path)
+
+
+def test_an_sqlite_file_is_the_same_from_every_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage_spec({"name": "rdb", "url": "sqlite:///a b.db"}, tmp_path).url == f"sqlite:///{tmp_path}/a b.db"
+    assert storage_spec({"name": "rdb", "url": "sqlite:////x/y.db"}, tmp_path).url == "sqlite:////x/y.db"
+    for url in ("sqlite://", "sqlite:///:memory:"):
+        with pytest.raises(ConfigError, match="storage=memory"):
+            storage_spec({"name": "rdb", "url": url}, tmp_path)
+
+
+def test_what_a_task_returns_is_made_plain() -> None:
+    returned = {
+        "a": np.float32(0.5),
+        "b": torch.tensor(2),
+        "c": np.array([1.0, 2.0]),
+        "d": None,
+        "e": "text",
+        "f": True,
+    }
+    plain = {"a": 0.5, "b": 2, "c": [1.0, 2.0], "d": None, "e": "text", "f": True}
+    found = plain_returned(returned)
+    assert found == plain and [type(one) for one in found.values()] == [type(one) for one in plain.values()]
+
+
+def test_an_error_that_no_other_process_can_read_travels_as_its_text() -> None:
+    class Odd(Exception):
+        def __init__(self, first: str, second: str) -> None:
+            super().__init__(f"{first} {second}")
+
+    kept = ValueError("plain")
+    assert portable(kept) is kept
+    made = pickle.loads(pickle.dumps(portable(Odd("not", "plain"))))
+    assert str(made) == "Odd: not plain" and "Odd" in made.trace
+
+
+def test_a_run_of_its_own_dies_with_the_process_that_waits_for_it() -> None:
+    """kill -9 of a worker: its trial is begun again at once, and nothing else may be at work on it."""
+    script = (
+        "import subprocess, sys; from research.sweeps.trial_runs import _dies_with_parent as f;"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], preexec_fn=f());"
+        "print(child.pid, flush=True); child.wait()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = Path(f"/proc/{int(parent.stdout.readline())}/stat")
+    assert child.exists()
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 10
+    while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
