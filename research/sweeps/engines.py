@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from research.errors import ConfigError
+from research.results.record import is_secret
 from research.schemas import nearest
 
 if TYPE_CHECKING:
@@ -214,7 +215,9 @@ def storage_spec(node: Mapping[str, Any], sweep_dir: Path) -> StorageSpec:
     url = given.get("url")
     if not url:
         raise ConfigError("hydra/sweeper/storage=rdb needs hydra.sweeper.storage.url, such as sqlite:///sweep.db")
-    if urlsplit(url).password and not str(urlsplit(url).password).startswith("$"):
+    parts = urlsplit(str(url))
+    in_query = [value for key, value in parse_qsl(parts.query) if is_secret(key)]
+    if any(secret and not secret.startswith("$") for secret in (parts.password, *in_query)):
         raise ConfigError(
             "hydra.sweeper.storage.url holds a password, and configs are written to disk; give it in PGPASSWORD or "
             "~/.pgpass, or as the name of an environment variable: postgresql://user:$NAME@host/sweeps"

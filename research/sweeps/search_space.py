@@ -3,7 +3,6 @@
 Imports no Optuna: a space is parsed, checked and counted before a study is opened.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -416,8 +415,3 @@ def _among(value: Any, values: Sequence[Any]) -> bool:
 
 def _no_search(key: str, value: Any) -> str:
     return f"{key} has one value, {value}; a search needs two or more. Give a fixed value as the override {key}={value}"
-
-
-def grid_points(space: SearchSpace, limit: int) -> list[dict[str, Any]]:
-    """The first `limit` points of a discrete space, in order."""
-    return list(itertools.islice(space.points(), limit))

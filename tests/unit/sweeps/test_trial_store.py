@@ -349,6 +349,7 @@ def test_memory_of_another_process_is_refused() -> None:
         ({"name": "journal", "url": "x"}, "no key of storage journal"),
         ({"name": "rdb"}, "needs hydra.sweeper.storage.url"),
         ({"name": "rdb", "url": "postgresql://me:word@host/db"}, "holds a password"),
+        ({"name": "rdb", "url": "postgresql://host/db?user=me&password=word"}, "holds a password"),
     ],
 )
 def test_a_storage_that_cannot_be_is_refused(node: dict[str, Any], told: str, tmp_path: Path) -> None:
