@@ -25,7 +25,8 @@ class OptunaStudySweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Sweep over what the overrides and `hydra.sweeper.params` search; returns Hydra's job returns by launch."""
-        from research.sweeps.sweep_command import normalised, sweep
+        from research.sweeps.sweep_command import sweep
+        from research.sweeps.sweep_options import normalised
 
         assert self.config is not None and self.hydra_context is not None and self.task_function is not None
         options = normalised(self.options)

@@ -91,11 +91,9 @@ class TraceData(L.LightningDataModule):
         mode: str | None = None,
     ) -> None:
         super().__init__()
-        least_of = {"batch_size": (batch_size, 1), "num_val": (num_val or 0, 0), "num_test": (num_test or 0, 0)}
-        least_of |= {"max_tokens": (max_tokens, 2), "steps_per_rollout": (steps_per_rollout, 1)}
-        for key, (value, least) in {**least_of, "num_prompts": (num_prompts, 0), "num_stored": (num_stored, 0)}.items():
-            if value < least:
-                raise ConfigError(f"data.{key} is {value}; expected at least {least}")
+        _check_least({"batch_size": batch_size, "steps_per_rollout": steps_per_rollout}, least=1)
+        _check_least({"max_tokens": max_tokens}, least=2)
+        _check_least({"num_val": num_val, "num_test": num_test, "num_prompts": num_prompts, "num_stored": num_stored})
         if num_train is not None and num_train < 1:
             raise ConfigError(f"data.num_train is {num_train}; expected at least 1, or null for all")
         if trace_format not in TRACE_FORMATS:
@@ -296,3 +294,10 @@ class TraceData(L.LightningDataModule):
             "store": self._source.store_name,
             **self._source.mixed(documents),
         }
+
+
+def _check_least(values: Mapping[str, int | None], least: int = 0) -> None:
+    """Refuse sizes below the least; None means all there is."""
+    for key, value in values.items():
+        if value is not None and value < least:
+            raise ConfigError(f"data.{key} is {value}; expected at least {least}")

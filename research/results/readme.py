@@ -34,8 +34,12 @@ def sentence_for(spec: ComparisonSpec, result: Comparison, verdict: str, reason:
 def _finding(spec: ComparisonSpec, estimate: float) -> str:
     name = {role: operand.name for role, operand in spec.operands}
     where = {role: "".join(f", {k} {v}" for k, v in operand.where) for role, operand in spec.operands}
-    metric = spec.metric.partition("/")[2].replace("_", " ")
+    metric = _words(spec.metric)
     if spec.kind in ("difference", "equivalence"):
+        own = {role: operand.metric or spec.metric for role, operand in spec.operands}
+        if own["treatment"] != own["baseline"]:  # splits of one name, or two names
+            name = {role: f"{name[role]} ({metric_name})" for role, metric_name in own.items()}
+        metric = _words(own["treatment"])
         fewer = (estimate >= 0) == spec.lower_is_better
         place = where["treatment"] if where["treatment"] == where["baseline"] else ""
         mine, other = name["treatment"], name["baseline"]
@@ -61,6 +65,11 @@ def _finding(spec: ComparisonSpec, estimate: float) -> str:
         )
     per = f"doubling of {spec.factor}" if spec.scale == "log2" else f"unit of {spec.factor}"
     return f"{metric} of {name['arm']} {spec.expected} by {number(estimate)} per {per}"
+
+
+def _words(metric: str) -> str:
+    """A metric's name without its split, as it is read."""
+    return metric.partition("/")[2].replace("_", " ")
 
 
 def p_text(result: Comparison) -> str:

@@ -1,31 +1,19 @@
-"""Optuna's samplers, pruners and storages by name, from the settings that a config writes out.
+"""Optuna's samplers and pruners by name, from the settings that a config writes out.
 
 Imports Optuna when something is built, and nothing of it before: every command loads this module's neighbours.
 """
 
-import asyncio
-import fcntl
 import inspect
-import os
-import random
-import re
-import time
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlsplit
 
 from research.errors import ConfigError
-from research.results.record import is_secret
 from research.schemas import nearest
+from research.sweeps.storages import experimental, missing_package, one_of
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
-    from optuna.storages import BaseStorage
 
 SAMPLERS = {
     "tpe": "TPESampler",
@@ -48,181 +36,7 @@ PRUNERS = {
     "threshold": "ThresholdPruner",
     "wilcoxon": "WilcoxonPruner",
 }
-STORAGES = ("journal", "rdb", "grpc", "memory")
 SINGLE_OBJECTIVE = ("cmaes",)
-MAKING_TABLES = 10  # attempts of a command that meets others at the making of a database's tables
-_IN_MEMORY: dict[str, Any] = {}
-
-
-@dataclass(frozen=True)
-class StorageSpec:
-    """Where a study is kept, small enough to travel to a worker on another machine.
-
-    name   journal: an append-only file at `path`; rdb: a database at `url`; grpc: Optuna's proxy at host and port;
-           memory: this process alone
-    """
-
-    name: str
-    path: str | None = None
-    url: str | None = None
-    host: str = "localhost"
-    port: int = 13000
-    engine: Mapping[str, Any] = field(default_factory=dict)
-
-    def open(self) -> "BaseStorage":
-        """The storage, opened. Raises ConfigError where it cannot be reached or written."""
-        return {"journal": self._journal, "rdb": self._rdb, "grpc": self._grpc, "memory": self._memory}[self.name]()
-
-    @contextmanager
-    def exclusively(self) -> Iterator[None]:
-        """Inside, no other process that asks here changes a trial's state: SQLite reads and writes it in two steps.
-
-        The other storages do it in one, or lock the row; for them this is nothing.
-        """
-        file = urlsplit(self.url or "").path
-        if self.name != "rdb" or not (self.url or "").startswith("sqlite") or not file.strip("/"):
-            yield
-            return
-        lock = FlockOnFile(Path(file.removeprefix("/") + ".lock"))
-        lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
-
-    def described(self) -> str:
-        """The storage in a few words, passwords left out."""
-        if self.name == "grpc":
-            return f"grpc://{self.host}:{self.port}"
-        return str({"journal": self.path, "rdb": _without_password(self.url or "")}.get(self.name, "memory"))
-
-    def _journal(self) -> "BaseStorage":
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-
-        path = Path(str(self.path))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            lock = FlockOnFile(path.with_name(path.name + ".lock"))
-            lock.mend(path)
-            return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]  # a lock by its form
-        except OSError as error:
-            raise ConfigError(
-                f"the sweep's journal {path} cannot be written: {error.strerror}; choose another sweep folder "
-                "(hydra.sweep.dir) or hydra.sweeper.storage.path"
-            ) from None
-        except ValueError as error:
-            raise ConfigError(
-                f"{path} is no journal of Optuna ({error}); give another hydra.sweeper.storage.path"
-            ) from None
-
-    def _rdb(self) -> "BaseStorage":
-        from optuna.storages import RDBStorage, get_storage
-
-        url = os.path.expandvars(self.url or "")
-        left = MAKING_TABLES
-        while True:
-            try:
-                return get_storage(RDBStorage(url, engine_kwargs=dict(self.engine) or None))
-            except Exception as error:
-                left -= 1
-                if left and re.search("already exists|duplicate key", str(error)):
-                    time.sleep(random.uniform(0.1, 0.5))  # others are making the same tables at this moment
-                    continue
-                told = " ".join(str(error).splitlines()[0].split()) if str(error) else type(error).__name__
-                raise ConfigError(
-                    f"the storage {self.described()} cannot be used: {told}. A database needs its driver "
-                    "(PostgreSQL: pip install 'psycopg[binary]'), a URL such as postgresql+psycopg://user@host/name, "
-                    "and its password in PGPASSWORD or ~/.pgpass"
-                ) from None
-
-    def _grpc(self) -> "BaseStorage":
-        from optuna.storages import GrpcStorageProxy
-
-        try:
-            asyncio.run(asyncio.wait_for(_connect(self.host, self.port), timeout=10))
-        except (OSError, TimeoutError) as error:
-            raise ConfigError(
-                f"no gRPC proxy answers at {self.host}:{self.port} ({error}); start one with "
-                "optuna.storages.run_grpc_proxy_server(storage, host=..., port=...)"
-            ) from None
-        return GrpcStorageProxy(host=self.host, port=self.port)
-
-    def _memory(self) -> "BaseStorage":
-        from optuna.storages import InMemoryStorage
-
-        key = str(self.path)  # names the process that made it
-        if key != f"memory of process {os.getpid()}":
-            raise ConfigError(
-                "hydra/sweeper/storage=memory lives in one process, and this launcher starts others; choose journal"
-            )
-        return _IN_MEMORY.setdefault(key, InMemoryStorage())
-
-
-async def _connect(host: str, port: int) -> None:
-    """Connect and hang up. Raises OSError where nothing listens there."""
-    _, writer = await asyncio.open_connection(host, port)
-    writer.close()
-
-
-class FlockOnFile:
-    """A lock for Optuna's journal that the system releases when its owner dies, by whatever means."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._held: Any = None
-
-    def acquire(self) -> bool:
-        """Wait for the lock."""
-        held = self._path.open("w")
-        fcntl.flock(held, fcntl.LOCK_EX)
-        self._held = held
-        return True
-
-    def release(self) -> None:
-        """Let the next one in."""
-        self._held.close()
-        self._held = None
-
-    def mend(self, journal: Path) -> None:
-        """Cut off a last line without an end, as a loss of power may leave one; Optuna would refuse the file."""
-        self.acquire()
-        try:
-            with journal.open("rb+") as file:
-                text = file.read()
-                if text and not text.endswith(b"\n"):
-                    file.truncate(text.rfind(b"\n") + 1)
-        finally:
-            self.release()
-
-
-def storage_spec(node: Mapping[str, Any], sweep_dir: Path) -> StorageSpec:
-    """The storage that a config names. Raises ConfigError for a name, a key or a URL that cannot be used."""
-    given = {str(key): value for key, value in node.items()}
-    name = _known(given.pop("name", None), STORAGES, "storage")
-    known = {"journal": {"path"}, "rdb": {"url", "engine"}, "grpc": {"host", "port"}, "memory": set()}[name]
-    for key in given.keys() - known:
-        raise ConfigError(
-            f"hydra.sweeper.storage.{key} is no key of storage {name}; its keys: {', '.join(sorted(known))}"
-        )
-    if name == "journal":
-        return StorageSpec(name, path=str(Path(given.get("path") or sweep_dir / "study.journal").absolute()))
-    if name == "memory":
-        return StorageSpec(name, path=f"memory of process {os.getpid()}")
-    if name == "grpc":
-        return StorageSpec(name, host=given.get("host") or "localhost", port=int(given.get("port") or 13000))
-    url = given.get("url")
-    if not url:
-        raise ConfigError("hydra/sweeper/storage=rdb needs hydra.sweeper.storage.url, such as sqlite:///sweep.db")
-    parts = urlsplit(str(url))
-    in_query = [value for key, value in parse_qsl(parts.query) if is_secret(key)]
-    if any(secret and not secret.startswith("$") for secret in (parts.password, *in_query)):
-        raise ConfigError(
-            "hydra.sweeper.storage.url holds a password, and configs are written to disk; give it in PGPASSWORD or "
-            "~/.pgpass, or as the name of an environment variable: postgresql://user:$NAME@host/sweeps"
-        )
-    return StorageSpec(name, url=_with_whole_path(str(url)), engine=dict(given.get("engine") or {}))
 
 
 def build_sampler(node: Mapping[str, Any], seed: int | None) -> "BaseSampler":
@@ -230,17 +44,17 @@ def build_sampler(node: Mapping[str, Any], seed: int | None) -> "BaseSampler":
     import optuna
 
     given = {str(key): value for key, value in node.items() if value is not None}
-    name = _known(given.pop("name", None), SAMPLERS, "sampler")
+    name = one_of(given.pop("name", None), SAMPLERS, "sampler")
     made = getattr(optuna.samplers, SAMPLERS[name])
     given.pop("seed", None)
     if name in ("grid", "random"):
         given = {key: value for key, value in given.items() if key not in _all_settings(optuna.samplers, SAMPLERS)}
     _check_settings(made, given, f"sampler {name}")
     try:
-        with _experimental():
+        with experimental():
             return made(seed=seed, **given)
     except ImportError as error:
-        raise _missing(f"sampler {name}", error) from None
+        raise missing_package(f"sampler {name}", error) from None
 
 
 def build_pruner(node: Mapping[str, Any]) -> "BasePruner":
@@ -248,7 +62,7 @@ def build_pruner(node: Mapping[str, Any]) -> "BasePruner":
     import optuna
 
     given = {str(key): value for key, value in node.items() if value is not None}
-    name = _known(given.pop("name", None), PRUNERS, "pruner")
+    name = one_of(given.pop("name", None), PRUNERS, "pruner")
     made = getattr(optuna.pruners, PRUNERS[name])
     if name == "none":
         given = {key: value for key, value in given.items() if key not in _all_settings(optuna.pruners, PRUNERS)}
@@ -258,18 +72,10 @@ def build_pruner(node: Mapping[str, Any]) -> "BasePruner":
     else:
         _check_settings(made, given, f"pruner {name}")
     try:
-        with _experimental():
+        with experimental():
             return made(**given)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"pruner {name} refuses its settings: {error}") from None
-
-
-@contextmanager
-def _experimental() -> Iterator[None]:
-    """Without Optuna's warnings that a setting may change: settings are written out, and the version is recorded."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _all_settings(module: Any, names: Mapping[str, str]) -> set[str]:
@@ -283,33 +89,3 @@ def _check_settings(made: Any, given: Mapping[str, Any], where: str) -> None:
     for key in given:
         if key not in known:
             raise ConfigError(f"{where} has no setting {key}{nearest(key, known)}; its settings: {', '.join(known)}")
-
-
-def _known(name: Any, valid: Any, kind: str) -> str:
-    if name not in valid:
-        told = nearest(str(name), valid)
-        raise ConfigError(f"hydra.sweeper.{kind}.name is {name!r}{told}; expected one of {', '.join(valid)}")
-    return str(name)
-
-
-def _missing(where: str, error: ImportError) -> ConfigError:
-    return ConfigError(
-        f"{where} needs a package that is not installed ({error}); pip install 'research-distillation[sweep]'"
-    )
-
-
-def _with_whole_path(url: str) -> str:
-    """The URL of an SQLite file with its absolute path: a run may have another working folder."""
-    head, mark, file = url.partition(":///")
-    if not head.startswith("sqlite") or file.startswith(("$", "file:")):
-        return url
-    if not mark or file.partition("?")[0] in ("", ":memory:"):
-        raise ConfigError(
-            f"{url} is SQLite in memory, which one connection alone sees; give hydra/sweeper/storage=memory"
-        )
-    return f"{head}:///{Path(file).absolute()}"
-
-
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    return url.replace(f":{parts.password}@", ":***@") if parts.password else url

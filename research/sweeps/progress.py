@@ -1,7 +1,6 @@
 """One display for many runs: finished of all, and how far each running one is."""
 
 import json
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.progress import (
 )
 
 from research.results.record import PROGRESS_FILE
+from research.sweeps.repeating import repeating
 
 EVERY_S = 1.0
 
@@ -96,7 +96,7 @@ class StudyProgress:
     @contextmanager
     def watching(self, folders: Sequence[Path], is_finished: Callable[[Path], bool]) -> Iterator[None]:
         """Follow the runs in `folders` from a thread while the caller's launcher works on them."""
-        waiting, stop = list(folders), threading.Event()
+        waiting = list(folders)
 
         def look() -> None:
             for folder in [folder for folder in waiting if is_finished(folder)]:
@@ -106,17 +106,10 @@ class StudyProgress:
             for folder in waiting:
                 self._runs.update(folder)
 
-        def follow() -> None:
-            while not stop.wait(EVERY_S):
-                look()
-
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
         try:
-            yield
+            with repeating(look, EVERY_S, "run display"):
+                yield
         finally:
-            stop.set()
-            thread.join()
             look()
             for folder in waiting:
                 self._runs.drop(folder)

@@ -27,7 +27,8 @@ from research.results.record import (
 from research.schemas import check_root
 from research.sweeps.grammar import quoted
 from research.sweeps.jobs import trial_cell
-from research.sweeps.sweep_command import normalised, sweep
+from research.sweeps.sweep_command import sweep
+from research.sweeps.sweep_options import normalised
 from research.sweeps.trial_store import TrialStore
 
 SWEEP_FOLDER = "sweep"

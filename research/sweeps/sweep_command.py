@@ -1,10 +1,8 @@
 """From a sweeper's options to a sweep: everything is checked before the first trial is made."""
 
+import copy
 import logging
-import os
 import re
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,25 +12,31 @@ from typing import Any
 from hydra.core.utils import configure_log
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.types import HydraContext, RunMode, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from research.errors import ConfigError
 from research.schemas import nearest
-from research.sweeps.engines import SINGLE_OBJECTIVE, build_pruner, build_sampler, storage_spec
-from research.sweeps.search_space import Parameter, SearchSpace, parse_space
-from research.sweeps.sweep_controller import SweepController, SweepPlan, quiet_launches
+from research.sweeps.search_space import Parameter, SearchSpace
+from research.sweeps.space_parser import parse_space
+from research.sweeps.sweep_controller import SweepController
+from research.sweeps.sweep_options import (
+    check_seeds,
+    first_seed,
+    gpus_of,
+    run_overrides,
+    run_plan_of,
+    sweep_plan_of,
+    sweep_terms_of,
+)
 from research.sweeps.sweep_progress import watching_sweep
 from research.sweeps.sweep_report import Compose, build_sweep_report, save_terms
+from research.sweeps.sweep_terms import SweepTerms
 from research.sweeps.trial_context import application_program
-from research.sweeps.trial_runs import RunPlan, TrialRuns, own_program, refuse_in_a_rank
-from research.sweeps.trial_store import SweepTerms, TrialStore
-from research.sweeps.trial_work import SweepLimits, TrialWork, key_of
+from research.sweeps.trial_runs import TrialRuns, refuse_in_a_rank
+from research.sweeps.trial_store import TrialStore
+from research.sweeps.trial_work import TrialWork, key_of
 
 log = logging.getLogger(__name__)
-MAPPINGS = ("objectives", "constraints", "hypervolume", "params", "zipped", "fixed", "copy_from")
-DIRECTIONS = ("minimize", "maximize")
-QUIET = "hydra.job_logging.root.handlers=[file]"
-OF_SWEEPS = ("hydra.sweep", "hydra/sweep", "hydra.launcher", "hydra/launcher", "hydra.mode", "hydra.run.")
 
 
 def sweep(
@@ -63,19 +67,19 @@ def sweep(
     )
     if not space.parameters and (options["sampler"] or {}).get("name") != "grid":  # a grid of nothing is one point
         raise ConfigError("nothing is searched; give a key several values, such as lr='interval(0.001,0.1)' or x=1,2")
-    terms = _terms(options, space, sweep_dir, config)
-    _check_seeds(options, space)
+    terms = sweep_terms_of(options, space, sweep_dir, config)
+    check_seeds(options, space)
     own = run_overrides(config)
-    _check_composes(space, [*fixed, *own, *_first_seed(options)], loader, config)
-    plan = _plan(options, config, terms)
+    _check_composes(space, [*fixed, *own, *first_seed(options)], loader, config)
+    plan = sweep_plan_of(options, config, terms)
     work = TrialWork(
         store=TrialStore(terms),
         space=space,
-        runs=TrialRuns(task, hydra_context, _run_plan(options, config)),
+        runs=TrialRuns(task, hydra_context, run_plan_of(options, config)),
         sweep_dir=str(sweep_dir),
         fixed=tuple(fixed),
         order=tuple(key_of(argument) for argument in arguments),
-        gpus=_gpus(options["gpus"], plan.n_jobs),
+        gpus=gpus_of(options["gpus"], plan.n_jobs),
     )
     _make_folder(sweep_dir)
     quiet = quiet_launches(config)
@@ -95,28 +99,6 @@ def sweep(
         return controller.run(watching_sweep if is_shown else lambda store, target: nullcontext()), work.store
     finally:
         _report(work.store, sweep_dir, composer(loader, str(config.hydra.job.config_name), own), is_shown)
-
-
-def normalised(options: Any) -> dict[str, Any]:
-    """A sweeper's keywords as plain containers, its mappings {} where they are null.
-
-    Hydra 1.3 gives config nodes, 1.4 plain containers.
-    """
-    items: Any = OmegaConf.to_container(options, resolve=True) if OmegaConf.is_config(options) else options
-    found = {str(key): _container(value) for key, value in items.items()}
-    return found | {key: found.get(key) or {} for key in MAPPINGS}
-
-
-def _container(value: Any) -> Any:
-    if OmegaConf.is_config(value):
-        return OmegaConf.to_container(value, resolve=True)
-    return dict(value) if isinstance(value, Mapping) else value
-
-
-def run_overrides(config: DictConfig) -> tuple[str, ...]:
-    """The command's overrides of Hydra's own config that hold for a single run too, such as hydra.searchpath."""
-    given: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
-    return tuple(str(text) for text in given if not str(text).lstrip("+~").startswith(OF_SWEEPS))
 
 
 def composer(loader: Any, config_name: str, own: Sequence[str] = ()) -> Compose:
@@ -147,161 +129,6 @@ def folders_of(loader: Any, config: DictConfig) -> Callable[[int, list[str]], st
 def _application(config: DictConfig) -> str:
     """The name of the config that trials are made of, where `distill report` can find it again."""
     return f"distill {config.hydra.job.config_name}" if application_program() else str(config.hydra.job.name)
-
-
-def _terms(options: Mapping[str, Any], space: SearchSpace, sweep_dir: Path, config: DictConfig) -> SweepTerms:
-    """What all processes of the sweep must know, checked."""
-    directions, objectives = _objectives(options)
-    sampler, pruner = dict(options["sampler"] or {}), dict(options["pruner"] or {})
-    if sampler.get("name") == "tpe" and sampler.get("group") is None:
-        sampler["group"] = space.is_conditional and bool(sampler.get("multivariate"))
-    if sampler.get("name") == "tpe" and space.is_conditional and sampler.get("multivariate") and not sampler["group"]:
-        raise ConfigError(
-            "hydra.sweeper.sampler.multivariate draws conditional parameters independently, and without saying so, "
-            "where group is false; leave group to null"
-        )
-    build_sampler(sampler, None)
-    build_pruner(pruner)
-    name = pruner.get("name")
-    if name != "none" and len(directions) > 1:
-        raise ConfigError(
-            f"pruner {name} compares one value, and there are {len(directions)} objectives; give pruner none"
-        )
-    if name == "wilcoxon" and not options["seeds"]:
-        raise ConfigError("pruner wilcoxon compares trials seed by seed; give hydra.sweeper.seeds, such as [0,1,2,3,4]")
-    if len(directions) > 1 and sampler["name"] in SINGLE_OBJECTIVE:
-        raise ConfigError(
-            f"sampler {sampler['name']} searches for one value, and there are {len(directions)} objectives; give "
-            "nsgaii, tpe or gp"
-        )
-    if options["fixed"] and sampler["name"] == "brute_force":
-        raise ConfigError(
-            "sampler brute_force would wait for the values that hydra.sweeper.fixed leaves out; give sampler grid, "
-            "which tries every point that is left"
-        )
-    if not 0 < float(options["lease_s"]) < float(options["stale_s"]):
-        raise ConfigError(
-            f"hydra.sweeper.lease_s is {options['lease_s']} and stale_s {options['stale_s']}; a trial must give "
-            "several signs of life before it counts as interrupted"
-        )
-    for key in options["constraints"]:
-        if not objectives:
-            raise ConfigError(
-                f"constraints.{key} bounds a returned metric, so the task must return a mapping; set objectives"
-            )
-    return SweepTerms(
-        storage=storage_spec(options["storage"] or {}, sweep_dir),
-        name=options["study_name"] or sweep_dir.name,
-        directions=directions,
-        objectives=objectives,
-        constraints={str(key): float(bound) for key, bound in options["constraints"].items()},
-        box=_box(options["hypervolume"], objectives),
-        sampler=sampler,
-        pruner=pruner,
-        fixed=space.check_point(options["fixed"], "fixed"),
-        lease_s=float(options["lease_s"]),
-        stale_s=float(options["stale_s"]),
-        max_attempts=int(options["max_attempts"]),
-        retries=int(options["retries"]),
-    )
-
-
-def _box(given: Mapping[str, Any], objectives: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Worst and best of both objectives, by which a hypervolume is measured."""
-    if given and (set(given) != set(objectives) or len(objectives) != 2):
-        raise ConfigError(
-            f"hydra.sweeper.hypervolume names {', '.join(map(str, given))}; give [worst, best] of the two objectives"
-        )
-    box = {str(name): (float(ends[0]), float(ends[1])) for name, ends in given.items()}
-    if any(worst == best for worst, best in box.values()):
-        raise ConfigError(f"hydra.sweeper.hypervolume is {given}; worst and best must differ")
-    return box
-
-
-def _objectives(options: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    given = options["objectives"]
-    if given:
-        names, directions = tuple(map(str, given)), tuple(map(str, given.values()))
-    else:
-        single = options["direction"]
-        names, directions = (), tuple(map(str, single if isinstance(single, list | tuple) else [single]))
-    for direction in directions:
-        if direction not in DIRECTIONS:
-            raise ConfigError(
-                f"the direction {direction!r}{nearest(direction, DIRECTIONS)}; expected {' or '.join(DIRECTIONS)}"
-            )
-    for name in (*names, *options["constraints"]):
-        if str(name).startswith(("test/", "test_")):
-            raise ConfigError(
-                f"{name} is measured on the test split, which is reported once; search by a metric of validation, "
-                f"such as val/{str(name).partition('/')[2] or 'errors'}"
-            )
-    return directions, names
-
-
-def _check_seeds(options: Mapping[str, Any], space: SearchSpace) -> None:
-    seeds, key = [int(seed) for seed in options["seeds"]], options["seed_key"]
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"hydra.sweeper.seeds is {seeds}; give each seed once")
-    if seeds and any(key.lstrip("+") in parameter.keys for parameter in space.parameters):
-        raise ConfigError(f"{key} is searched, and hydra.sweeper.seeds gives it values too; leave one of them out")
-
-
-def _first_seed(options: Mapping[str, Any]) -> list[str]:
-    return [f"{options['seed_key']}={int(seed)}" for seed in options["seeds"][:1]]
-
-
-def _plan(options: Mapping[str, Any], config: DictConfig, terms: SweepTerms) -> SweepPlan:
-    for key in ("target", "patience"):
-        if options[key] is not None and len(terms.directions) > 1:
-            raise ConfigError(
-                f"hydra.sweeper.{key} looks at one value, and there are {len(terms.directions)} objectives; give "
-                "n_trials or timeout"
-            )
-    jobs = options["n_jobs"]
-    if jobs is None:
-        jobs = OmegaConf.select(config, "hydra.launcher.n_jobs", default=None) or 1
-    copied = options["copy_from"] or {}
-    return SweepPlan(
-        n_trials=int(options["n_trials"]),
-        n_jobs=os.cpu_count() or 1 if jobs == -1 else int(jobs),
-        mode=options["mode"],
-        enqueue=tuple(options["enqueue"]),
-        copy_from=dict(copied),
-        resume=options["resume"],
-        on_change=options["on_change"],
-        limits=SweepLimits(
-            timeout=options["timeout"],
-            target=options["target"],
-            patience=options["patience"],
-            max_failures=options["max_failures"],
-            max_failure_rate=options["max_failure_rate"],
-        ),
-        sampler_seed=(options["sampler"] or {}).get("seed"),
-    )
-
-
-def _run_plan(options: Mapping[str, Any], config: DictConfig) -> RunPlan:
-    handlers = OmegaConf.select(config, "hydra.job_logging.root.handlers", default=None)
-    has_file = OmegaConf.select(config, "hydra.job_logging.handlers.file", default=None) is not None
-    return RunPlan(
-        seeds=tuple(int(seed) for seed in options["seeds"]),
-        seed_key=options["seed_key"],
-        subprocess=bool(options["subprocess"]),
-        program=application_program() or own_program(),
-        quiet=(QUIET,) if handlers and has_file else (),
-        hydra=run_overrides(config),
-        prune_on=_on_validation(options["prune_on"]),
-        prune_step=options["prune_step"],
-    )
-
-
-def _on_validation(metric: str | None) -> str | None:
-    if metric is not None and not metric.startswith("val/"):
-        raise ConfigError(
-            f"hydra.sweeper.prune_on is {metric!r}; only metrics of validation select: give one of val/..."
-        )
-    return metric
 
 
 def _check_composes(space: SearchSpace, fixed: Sequence[str], loader: Any, config: DictConfig) -> None:
@@ -360,24 +187,14 @@ def _keys(node: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def _gpus(given: Any, n_jobs: int) -> tuple[str, ...]:
-    """One GPU for every worker where there are several; what the user says goes first."""
-    if given is not None:
-        return tuple(str(one) for one in given)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if n_jobs == 1:
-        return ()
-    if visible is not None:
-        found = [one.strip() for one in visible.split(",") if one.strip()]
-    elif shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-        found = [
-            str(number)
-            for number, _ in enumerate(line for line in listed.stdout.splitlines() if line.startswith("GPU"))
-        ]
-    else:
-        found = []
-    return tuple(found) if len(found) > 1 else ()
+def quiet_launches(config: DictConfig) -> DictConfig:
+    """A sweep's config whose launcher does not print a line for every job: the sweep has a display of its own."""
+    config = copy.deepcopy(config)
+    if OmegaConf.select(config, "hydra.hydra_logging.root") is not None:
+        root = config.hydra.hydra_logging.root
+        with read_write(root), open_dict(root):  # Hydra 1.4 hands out what may not be written to
+            root.level = "WARNING"
+    return config
 
 
 def _keep_config(config: DictConfig, terms: SweepTerms, sweep_dir: Path) -> None:

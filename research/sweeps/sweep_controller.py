@@ -1,26 +1,22 @@
 """The command that sweeps: makes the trials, has them run in batches or by workers, and ends where a limit says so."""
 
-import copy
-import json
 import logging
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
-
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from research.errors import ConfigError
 from research.loops.signals import handled
 from research.sweeps.grammar import quoted
+from research.sweeps.repeating import repeating
+from research.sweeps.sweep_plan import SweepPlan
+from research.sweeps.sweep_points import copy_trials, top_up, trial_target
 from research.sweeps.sweep_study import (
-    await_tickets,
     beat_control,
     claim_control,
     open_study,
@@ -30,7 +26,6 @@ from research.sweeps.sweep_study import (
 from research.sweeps.trial_store import TrialStore
 from research.sweeps.trial_work import (
     BatchTask,
-    SweepLimits,
     TrialWork,
     WorkerTask,
     as_ctrl_c,
@@ -39,42 +34,9 @@ from research.sweeps.trial_work import (
 )
 
 log = logging.getLogger(__name__)
-MODES = ("batch", "workers")
 KEEPS_ITS_SEED = ("qmc", "grid", "brute_force")  # their points follow from the seed and from the trials there are
 DYING_S = 10.0
 FRUITLESS = 3
-
-
-@dataclass(frozen=True)
-class SweepPlan:
-    """What is to be swept.
-
-    n_trials   trials that the study has in the end, those of earlier commands included
-    n_jobs     at once: of a batch, or workers
-    mode       batch: so many trials are launched and waited for, together; workers: each takes the next one at once
-    enqueue    points to try first: parameter name -> value
-    copy_from  storage URL or journal file and name of a study whose finished trials the sampler shall know
-    """
-
-    n_trials: int
-    n_jobs: int = 1
-    mode: str = "batch"
-    enqueue: tuple[Mapping[str, Any], ...] = ()
-    copy_from: Mapping[str, Any] = field(default_factory=dict)
-    resume: str = "auto"
-    on_change: str = "refuse"
-    limits: SweepLimits = field(default_factory=SweepLimits)
-    sampler_seed: int | None = None
-
-    def check(self) -> None:
-        """Raise ConfigError for numbers and words that make no sweep."""
-        if self.mode not in MODES:
-            raise ConfigError(f"hydra.sweeper.mode is {self.mode!r}; expected one of {', '.join(MODES)}")
-        for key in ("n_trials", "n_jobs"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"hydra.sweeper.{key} is {getattr(self, key)}; expected at least 1")
-        if self.limits.patience is not None and self.limits.patience < 1:
-            raise ConfigError(f"hydra.sweeper.patience is {self.limits.patience}; expected at least 1, or null")
 
 
 class SweepController:
@@ -101,7 +63,7 @@ class SweepController:
     def open(self) -> None:
         """Make the study or find it. Raises ConfigError for what cannot be swept, before anything is changed."""
         self.plan.check()
-        self._trials = self._target()
+        self._trials = trial_target(self.plan, self.store, self.space)
         refuse_foreign_runs(self.store, Path(self.work.sweep_dir))
         self._goes_on_with = open_study(self.store, self._terms, resume=self.plan.resume, on_change=self.plan.on_change)
 
@@ -115,8 +77,8 @@ class SweepController:
         with self._control():
             target = self._trials
             if not self._goes_on_with:
-                self._copy_trials()
-            self._top_up(target, self._goes_on_with)
+                copy_trials(self.plan, self.store, self.space, Path(self.work.sweep_dir))
+            top_up(self.plan, self.store, self.space, target, goes_on=self._goes_on_with)
             tell_tickets(self.store)
             with watch(self.store, target), handled({signal.SIGTERM: as_ctrl_c}):
                 try:
@@ -124,90 +86,6 @@ class SweepController:
                 finally:
                     self._leave_none_taken()
         return returns
-
-    # -- the trials there are -----------------------------------------------------------------------------------------
-
-    def _target(self) -> int:
-        """How many trials there are to be: a space that can be counted is tried once."""
-        sampler, wanted, held = self.store.terms.sampler["name"], self.plan.n_trials, self.store.terms.fixed
-        if sampler not in ("grid", "brute_force"):
-            return wanted
-        endless = [p.name for p in self.space.parameters if p.name not in held and not p.is_countable]
-        if endless:
-            raise ConfigError(
-                f"sampler {sampler} tries every point, and {', '.join(endless)} has no end "
-                "of values; give choice(...) or range(...), or another sampler"
-            )
-        size = sum(1 for _ in islice(self.space.points(held), wanted + 1))  # of a vast space no more than needed
-        if size < wanted:
-            log.info("the search has %s points: the target of %s trials is cut to it", size, wanted)
-        elif size > wanted:
-            log.info("the search has more points than hydra.sweeper.n_trials=%s: the others are left out", wanted)
-        return min(size, wanted)
-
-    def _top_up(self, target: int, goes_on: bool) -> None:
-        """Add the trials that the target lacks: points given by hand first, a grid's in its order.
-
-        Whoever finds a study that has just been made waits for the trials of its maker.
-        """
-        if goes_on:
-            await_tickets(self.store)
-        missing = target - self.store.counts().total
-        if missing < 0:
-            self.store.take_back_surplus(target)
-        if missing <= 0:
-            return
-        known = {_key(point) for trial in self.store.trials() for point in _points_of(trial)}
-        given = [self.space.check_point(point, f"enqueue[{n}]") for n, point in enumerate(self.plan.enqueue)]
-        first = [point for point in given if _key(point) not in known]
-        points: list[Mapping[str, Any] | None] = [*first[:missing]]
-        if self.store.terms.sampler["name"] == "grid":
-            known |= {_key(point) for point in given}
-            untried = (p for p in self.space.points(self.store.terms.fixed) if _key(p) not in known)
-            points += islice(untried, missing - len(points))
-        else:
-            points += [None] * (missing - len(points))
-        self.store.add_tickets(points, target)
-
-    def _copy_trials(self) -> None:
-        """Add the finished trials of another study; they are known to the sampler and count nowhere."""
-        if not self.plan.copy_from:
-            return
-        import optuna
-
-        from research.sweeps.engines import storage_spec
-
-        source = dict(self.plan.copy_from)
-        name = source.pop("study_name", None)
-        spec = storage_spec(source.get("storage", source), Path(self.work.sweep_dir))
-        storage = spec.open()
-        names = optuna.get_all_study_names(storage)
-        if name not in names:
-            raise ConfigError(
-                f"copy_from.study_name is {name!r}; {spec.described()} holds {', '.join(names) or 'none'}"
-            )
-        study, copied, left_out = self.store.study(), 0, 0
-        other = optuna.load_study(study_name=name, storage=storage)
-        if other.directions != study.directions:
-            raise ConfigError(
-                f"copy_from.study_name {name!r} goes {[d.name.lower() for d in other.directions]}, this study "
-                f"{list(self.store.terms.directions)}; its values mean something else"
-            )
-        for trial in other.get_trials(deepcopy=True):
-            point = trial.params
-            fits = set(point) <= self.space.names and trial.state is optuna.trial.TrialState.COMPLETE
-            by_name = {parameter.name: parameter for parameter in self.space.parameters}
-            if fits and all(by_name[key].contains(value) for key, value in point.items()):
-                study.add_trial(
-                    optuna.trial.create_trial(
-                        values=trial.values, params=point, distributions=trial.distributions,
-                        user_attrs={"copied_from": f"{name}/{trial.number}"},
-                    )
-                )  # fmt: skip
-                copied += 1
-            else:
-                left_out += 1
-        log.info("copied %s trials of %s; %s left out: not complete, or outside this search", copied, name, left_out)
 
     # -- running them -------------------------------------------------------------------------------------------------
 
@@ -366,47 +244,24 @@ class SweepController:
             yield
             return
         claim_control(self.store, self.store.terms.stale_s)
-        stop = threading.Event()
+        count = 0
 
         def beat() -> None:
-            count = 0
-            while not stop.wait(self.store.terms.lease_s):
-                count += 1
-                beat_control(self.store, count)
+            nonlocal count
+            count += 1
+            beat_control(self.store, count)
 
-        thread = threading.Thread(target=beat, daemon=True, name="controller's lease")
-        thread.start()
         try:
-            yield
+            with repeating(beat, self.store.terms.lease_s, "controller's lease"):
+                yield
         finally:
-            stop.set()
-            thread.join()
             beat_control(self.store, None)
-
-
-def quiet_launches(config: DictConfig) -> DictConfig:
-    """A sweep's config whose launcher does not print a line for every job: the sweep has a display of its own."""
-    config = copy.deepcopy(config)
-    if OmegaConf.select(config, "hydra.hydra_logging.root") is not None:
-        root = config.hydra.hydra_logging.root
-        with read_write(root), open_dict(root):  # Hydra 1.4 hands out what may not be written to
-            root.level = "WARNING"
-    return config
 
 
 def _consecutive(batch: Sequence[tuple[int, list[str]]]) -> Iterator[list[tuple[int, list[str]]]]:
     ordered = sorted(batch)
     for _, group in groupby(enumerate(ordered), key=lambda pair: pair[1][0] - pair[0]):
         yield [item for _, item in group]
-
-
-def _points_of(trial: Any) -> list[Mapping[str, Any]]:
-    """The point of a trial, and what of it was given by hand."""
-    return [trial.params, trial.system_attrs.get("fixed_params", {})]
-
-
-def _key(point: Mapping[str, Any]) -> str:
-    return json.dumps({key: point[key] for key in sorted(point)}, default=str)
 
 
 def _lives(lease: Mapping[str, Any]) -> bool:

@@ -1,6 +1,5 @@
 """One display for a sweep: done, running, pruned, failed, the best so far with its overrides, and the time left."""
 
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from research.sweeps.progress import RunBars
-from research.sweeps.trial_store import Counts, TrialStore
+from research.sweeps.repeating import repeating
+from research.sweeps.sweep_terms import Counts
+from research.sweeps.trial_store import TrialStore
 
 EVERY_S = 1.0
 
@@ -23,22 +24,14 @@ def watching_sweep(store: TrialStore, target: int) -> Iterator[None]:
 
     Where the output is no terminal, one line is printed for each tenth of the sweep instead.
     """
-    display, stop = SweepDisplay(store.terms.name, target), threading.Event()
+    display = SweepDisplay(store.terms.name, target)
     # an Optuna storage is not made for two threads; memory cannot be opened twice
     watched = store if store.terms.storage.name == "memory" else TrialStore(store.terms)
-
-    def follow() -> None:
-        while not stop.wait(EVERY_S):
-            display.show(watched)
-
-    thread = threading.Thread(target=follow, daemon=True, name="sweep display")
     with display:
-        thread.start()
         try:
-            yield
+            with repeating(lambda: display.show(watched), EVERY_S, "sweep display"):
+                yield
         finally:
-            stop.set()
-            thread.join()
             display.show(watched)
 
 

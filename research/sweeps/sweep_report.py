@@ -14,7 +14,8 @@ from research.errors import ConfigError
 from research.results.record import write_atomic
 from research.sweeps.best_experiment import experiment_text
 from research.sweeps.sweep_progress import best_line, told
-from research.sweeps.trial_store import SweepTerms, TrialStore
+from research.sweeps.sweep_terms import SweepTerms
+from research.sweeps.trial_store import TrialStore
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -106,7 +107,7 @@ def report_again(folder: Path, composers: Mapping[str, Compose]) -> str:
 
     composers  application -> what composes its configs, of those that are at hand
     """
-    from research.sweeps.engines import StorageSpec
+    from research.sweeps.storages import StorageSpec
 
     told_terms = yaml.safe_load((folder / TERMS_FILE).read_text())
     spec = StorageSpec(**told_terms["storage"])

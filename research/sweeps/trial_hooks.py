@@ -9,7 +9,8 @@ from omegaconf import DictConfig, open_dict
 from research.errors import ConfigError
 from research.loops.pruning_stop import PruningStop
 from research.results.record import RunRecord
-from research.sweeps.engines import StorageSpec, build_pruner
+from research.sweeps.engines import build_pruner
+from research.sweeps.storages import StorageSpec
 from research.sweeps.trial_context import TrialContext, current_trial
 
 

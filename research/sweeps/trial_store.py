@@ -6,81 +6,28 @@ was interrupted waits again, with its number, its values and its folder.
 """
 
 import functools
+import logging
 import math
-import threading
-import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from research.errors import ConfigError
-from research.sweeps.engines import StorageSpec, build_pruner, build_sampler
+from research.sweeps.engines import build_pruner, build_sampler
 from research.sweeps.owners import Beats, this_process
+from research.sweeps.repeating import repeating
 from research.sweeps.search_space import Parameter, SearchSpace
+from research.sweeps.sweep_terms import Counts, SweepTerms
+from research.sweeps.trial_values import cut, dominated_share, is_feasible, values_of
 
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial, Trial
 
+log = logging.getLogger(__name__)
 TRACEBACK_LINES = 30
 LONGEST_LINE, LONGEST_REASON = 400, 2000
-
-
-@dataclass(frozen=True)
-class SweepTerms:
-    """What every process of a sweep must know; small, and pickled to workers.
-
-    objectives     names of the metrics that a task returns in a mapping; empty: it returns the values themselves
-    directions     minimize or maximize, one for each objective
-    constraints    name of a returned metric -> the greatest value with which a trial is feasible
-    box            name of an objective -> its worst and best value that matter; see :meth:`TrialStore.hypervolume`
-    lease_s        seconds between the signs of life of a running trial
-    stale_s        seconds without one after which a trial of another machine counts as interrupted
-    max_attempts   how often an interrupted trial is begun before it has failed
-    retries        how often a failed trial's point is tried again, as a trial of its own
-    """
-
-    storage: StorageSpec
-    name: str
-    directions: tuple[str, ...] = ("minimize",)
-    objectives: tuple[str, ...] = ()
-    constraints: Mapping[str, float] = field(default_factory=dict)
-    box: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    sampler: Mapping[str, Any] = field(default_factory=lambda: {"name": "random"})
-    pruner: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    lease_s: float = 10.0
-    stale_s: float = 60.0
-    max_attempts: int = 5
-    retries: int = 0
-
-
-@dataclass(frozen=True)
-class Counts:
-    """The trials of a sweep by what became of them. Failed ones that were retried, and copied ones, are left out."""
-
-    complete: int = 0
-    pruned: int = 0
-    failed: int = 0
-    running: int = 0
-    waiting: int = 0
-
-    @property
-    def finished(self) -> int:
-        """Trials that count towards the target."""
-        return self.complete + self.pruned + self.failed
-
-    @property
-    def under_way(self) -> int:
-        """Trials that are finished, or will be."""
-        return self.finished + self.running
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.finished + self.running + self.waiting
 
 
 class TrialStore:
@@ -155,18 +102,7 @@ class TrialStore:
 
     def hypervolume(self) -> float | None:
         """The share of the box from worst to best of two objectives that the trials dominate; None without a box."""
-        names = self.terms.objectives
-        if len(names) != 2 or set(self.terms.box) != set(names):
-            return None
-        points = []
-        for trial in self.best_trials():
-            (x, y) = (_scaled(value, *self.terms.box[name]) for name, value in zip(names, trial.values, strict=True))
-            points.append((x, y))
-        area, reached = 0.0, 0.0
-        for x, y in sorted(points, reverse=True):  # from the best of the first objective on
-            area += x * max(0.0, y - reached)
-            reached = max(reached, y)
-        return area
+        return dominated_share(self.terms, self.best_trials())
 
     # -- making and taking --------------------------------------------------------------------------------------------
 
@@ -254,27 +190,22 @@ class TrialStore:
         held = optuna.trial.Trial(self.study(), trial._trial_id)
         held.set_user_attr("attempts", int(trial.user_attrs.get("attempts", 0)) + 1)
         self._write_lease(trial._trial_id, 0)
-        stop = threading.Event()
+        storage, count = self.storage if self.terms.storage.name == "memory" else None, 0
 
-        def beat() -> None:
-            storage, count = self.storage if self.terms.storage.name == "memory" else None, 0
-            while not stop.wait(self.terms.lease_s):
-                count += 1
-                try:
-                    storage = storage or self.terms.storage.open()
-                    storage.set_trial_user_attr(trial._trial_id, "lease", {**this_process(), "beat": count})
-                except UpdateFinishedTrialError:
-                    return  # told meanwhile
-                except Exception:
-                    continue  # the storage is out of reach for now
+        def beat() -> bool:
+            nonlocal storage, count
+            count += 1
+            try:
+                storage = storage or self.terms.storage.open()
+                storage.set_trial_user_attr(trial._trial_id, "lease", {**this_process(), "beat": count})
+            except UpdateFinishedTrialError:
+                return False  # told meanwhile
+            except Exception:
+                log.debug("the storage is out of reach for now", exc_info=True)
+            return True
 
-        thread = threading.Thread(target=beat, daemon=True, name=f"lease of trial {number}")
-        thread.start()
-        try:
+        with repeating(beat, self.terms.lease_s, f"lease of trial {number}"):
             yield held
-        finally:
-            stop.set()
-            thread.join()
 
     def _write_lease(self, trial_id: int, beat: int) -> None:
         self.storage.set_trial_user_attr(trial_id, "lease", {**this_process(), "beat": beat})
@@ -316,7 +247,7 @@ class TrialStore:
         try:
             if not counts:
                 self.storage.set_trial_user_attr(trial._trial_id, "attempts", max(0, attempts - 1))
-            self.storage.set_trial_user_attr(trial._trial_id, "interrupted", _cut(reason, LONGEST_REASON))
+            self.storage.set_trial_user_attr(trial._trial_id, "interrupted", cut(reason, LONGEST_REASON))
             # whoever takes it next writes a lease of its own, and is not to be seen with that of the dead before
             self.storage.set_trial_user_attr(trial._trial_id, "lease", None)
             self.storage.set_trial_state_values(trial._trial_id, state=TrialState.WAITING)
@@ -330,7 +261,7 @@ class TrialStore:
     def complete(self, number: int, returned: Any) -> None:
         """Tell the value of a trial that ran to its end; one that is no value fails it, with the reason."""
         try:
-            values = self.values_of(returned)
+            values = values_of(self.terms, returned)
         except ConfigError as error:
             self.failed(number, str(error), "")
             return
@@ -345,7 +276,7 @@ class TrialStore:
 
         trial = self.trial(number)
         if not trial.state.is_finished():
-            self.storage.set_trial_user_attr(trial._trial_id, "reason", _cut(reason or "pruned", LONGEST_REASON))
+            self.storage.set_trial_user_attr(trial._trial_id, "reason", cut(reason or "pruned", LONGEST_REASON))
         self.study().tell(number, state=TrialState.PRUNED, skip_if_finished=True)
 
     def failed(self, number: int, reason: str, trace: str) -> None:
@@ -356,8 +287,8 @@ class TrialStore:
         if trial.state.is_finished():
             return
         again = int(trial.user_attrs.get("retry", 0)) < self.terms.retries
-        tail = [_cut(line, LONGEST_LINE) for line in trace.splitlines()[-TRACEBACK_LINES:]]
-        self.storage.set_trial_user_attr(trial._trial_id, "reason", _cut(reason, LONGEST_REASON))
+        tail = [cut(line, LONGEST_LINE) for line in trace.splitlines()[-TRACEBACK_LINES:]]
+        self.storage.set_trial_user_attr(trial._trial_id, "reason", cut(reason, LONGEST_REASON))
         self.storage.set_trial_user_attr(trial._trial_id, "traceback", "\n".join(tail))
         if again:
             self.storage.set_trial_user_attr(trial._trial_id, "retried", True)
@@ -366,30 +297,6 @@ class TrialStore:
         if again:
             count = int(trial.user_attrs.get("retry", 0)) + 1
             study.enqueue_trial(trial.params, user_attrs={"retry_of": number, "retry": count})
-
-    def values_of(self, returned: Any) -> list[float]:
-        """The objectives' values in what a task returned. Raises ConfigError where there are others, or none."""
-        names, count = self.terms.objectives, len(self.terms.directions)
-        if names:
-            if not isinstance(returned, Mapping):
-                raise ConfigError(
-                    f"the task returned {_short(returned)}; the objectives {', '.join(names)} need a mapping"
-                )
-            absent = [name for name in names if returned.get(name) is None]
-            if absent:
-                known = ", ".join(sorted(str(key) for key in returned)) or "nothing"
-                raise ConfigError(f"the task returned no {', '.join(absent)}; it returned {known}")
-            returned = [returned[name] for name in names]
-        values = list(returned) if isinstance(returned, list | tuple) else [returned]
-        if len(values) != count:
-            raise ConfigError(f"the task returned {len(values)} values; the study has {count} objectives")
-        try:
-            numbers = [float(value) for value in values]
-        except (TypeError, ValueError):
-            raise ConfigError(f"the task returned {_short(returned)}; expected a number for each objective") from None
-        if not all(map(math.isfinite, numbers)):
-            raise ConfigError(f"the task returned {numbers}, which is not finite")
-        return numbers
 
     def _keep_metrics(self, trial_id: int, returned: Mapping[str, Any]) -> None:
         """Keep what a task returned beside its objectives, and how far each constraint is overstepped."""
@@ -410,29 +317,3 @@ def _suggest(trial: "Trial", parameter: Parameter) -> Any:
         step = int(parameter.step or 1)
         return trial.suggest_int(parameter.name, int(parameter.low), int(parameter.high), step=step, log=parameter.log)
     return trial.suggest_float(parameter.name, parameter.low, parameter.high, step=parameter.step, log=parameter.log)
-
-
-def _scaled(value: float, worst: float, best: float) -> float:
-    """Where a value lies between worst (0) and best (1), whichever of them is greater."""
-    return min(1.0, max(0.0, (value - worst) / (best - worst)))
-
-
-def is_feasible(trial: "FrozenTrial") -> bool:
-    """Whether a trial oversteps no constraint."""
-    return all(overstepped <= 0 for overstepped in trial.constraints.values())
-
-
-def _cut(text: str, length: int) -> str:
-    """A text short enough for any storage, without what no file can hold: lone surrogates and NUL."""
-    text = text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
-    return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else text[:77] + "..."
-
-
-def trace_of(error: BaseException) -> str:
-    """The traceback of an error as text."""
-    return "".join(traceback.format_exception(error))

@@ -16,74 +16,19 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from research.errors import ConfigError
 from research.loops.signals import handled
 from research.results.record import git_revision
 from research.sweeps.search_space import SearchSpace
+from research.sweeps.sweep_plan import SweepLimits
 from research.sweeps.trial_context import TrialContext
 from research.sweeps.trial_runs import TrialFailed, TrialRuns, plain_returned
-from research.sweeps.trial_store import TrialStore, trace_of
+from research.sweeps.trial_store import TrialStore
+from research.sweeps.trial_values import trace_of, values_of
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SweepLimits:
-    """When a sweep ends before its last trial. None: no such limit.
-
-    timeout           seconds of this command
-    target            value of the one objective that is good enough
-    patience          finished trials in a row without a better value
-    max_failures      failed trials that are borne
-    max_failure_rate  share of the finished trials, of at least ten
-    """
-
-    timeout: float | None = None
-    target: float | None = None
-    patience: int | None = None
-    max_failures: int | None = None
-    max_failure_rate: float | None = None
-
-    def reason(self, store: TrialStore, started: float) -> str | None:
-        """Why no further trial is begun; None: go on. Raises ConfigError where too many have failed."""
-        from optuna.trial import TrialState
-
-        if self.timeout is not None and time.time() - started >= self.timeout:
-            return f"timeout of {self.timeout} s"
-        if not any((self.target, self.target == 0, self.patience, self.max_failures == 0, self.max_failures,
-                    self.max_failure_rate is not None)):  # fmt: skip
-            return None
-        trials = [trial for trial in store.trials() if trial.state.is_finished() and "retried" not in trial.user_attrs]
-        self._check_failures([trial for trial in trials if trial.state is TrialState.FAIL], len(trials), store)
-        values = [float(trial.values[0]) for trial in trials if trial.state is TrialState.COMPLETE]
-        sign = -1.0 if store.terms.directions[0] == "maximize" else 1.0
-        signed = [sign * value for value in values]
-        best = store.best_trials() if self.target is not None else []
-        if self.target is not None and best and sign * best[0].values[0] <= sign * self.target:
-            return f"the target {self.target} is reached"
-        if (
-            self.patience is not None
-            and len(signed) > self.patience
-            and min(signed[-self.patience :]) >= min(signed[: -self.patience])
-        ):
-            return f"{self.patience} trials in a row were no better"
-        return None
-
-    def _check_failures(self, failed: list[Any], finished: int, store: TrialStore) -> None:
-        count, rate = len(failed), len(failed) / max(1, finished)
-        too_many = self.max_failures is not None and count > self.max_failures
-        too_often = self.max_failure_rate is not None and finished >= 10 and rate > self.max_failure_rate
-        if too_many or too_often:
-            last = failed[-1]
-            limit = f"max_failures={self.max_failures}" if too_many else f"max_failure_rate={self.max_failure_rate}"
-            raise ConfigError(
-                f"{count} of {finished} trials failed ({limit}); trial {last.number} with "
-                f"{last.user_attrs.get('reason')} in {last.user_attrs.get('folder')}. Start again once that is mended: "
-                "what is finished stays"
-            )
 
 
 @dataclass
@@ -181,7 +126,7 @@ class TrialWork:
 
         results = {**trial.user_attrs.get("seed_results", {}), seed: result}
         trial.set_user_attr("seed_results", results)
-        values = [self.store.values_of(one) for one in results.values()]
+        values = [values_of(self.store.terms, one) for one in results.values()]
         spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in zip(*values, strict=True)]
         trial.set_user_attr("seed_values", values)
         trial.set_user_attr("standard_deviation", spread)

@@ -87,7 +87,7 @@ def finished(sweep: Sweep) -> dict[int, str]:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    from research.sweeps.engines import FlockOnFile
+    from research.sweeps.storages import FlockOnFile
 
     path = sweep.folder / "study.journal"
     if not path.exists():

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from research.results.comparison import MINIMUM_SEEDS, compare, verdict_for
+from research.results.comparison import MINIMUM_SEEDS, Comparison, compare, verdict_for
 from research.results.comparison_spec import OPERANDS, ComparisonSpec, OperandSpec
 from research.results.fields import StudyError
 from research.results.items import StudyItems
@@ -101,6 +101,16 @@ def test_an_interaction_is_told_in_words() -> None:
     spec, panel = _interaction()
     told = sentence_for(spec, compare(spec, panel), "HOLDS", "")
     assert told.startswith("in errors, chain is better than answer by 645.8 more at terms 8 than at terms 2 (95 %")
+
+
+def test_a_difference_of_two_metrics_names_both_and_not_the_studys() -> None:
+    alone, two = OperandSpec("no_think_alone", metric="test/errors"), OperandSpec("two", metric="test_no_think/errors")
+    spec = dataclasses.replace(_spec("difference", baseline=alone, treatment=two), metric="test/obedience")
+    found = Comparison(19.0, 10.0, 28.0, 0.03, "sign flip", 6, 1 / 32, "errors", ())
+    told = sentence_for(spec, found, "HOLDS", "")
+    assert told.startswith("errors of two (test_no_think/errors) 19 below no_think_alone (test/errors) (95 %")
+    of_one = dataclasses.replace(_spec("difference", baseline="hard", treatment="soft"), metric="test/errors")
+    assert sentence_for(of_one, found, "HOLDS", "").startswith("errors of soft 19 below hard (95 %")
 
 
 def test_an_interaction_that_lacks_a_run_names_it() -> None:

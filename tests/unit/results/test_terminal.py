@@ -68,6 +68,21 @@ def test_overview_lists_every_verdict_between_its_markers(workshop, tmp_path: Pa
     assert f"| {comparison['estimate']:.4g}" in row and "| **HOLDS** |" in row and row.endswith("| 12 |")
 
 
+def test_a_single_study_stands_on_the_front_with_its_arms_and_its_verdict(workshop, tmp_path: Path) -> None:
+    folder = _built(workshop)
+    readme = tmp_path / "README.md"
+    mark = "<!-- table {}:{} -->"
+    parts = [f"{mark.format(name, 'begin')}\nold\n{mark.format(name, 'end')}" for name in (folder.name, "unknown")]
+    readme.write_text("\n".join(["before", *parts, "after\n"]))
+    assert write_overview(readme, folder.parent)
+    text = readme.read_text()
+    rows = [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| ")]
+    assert [line for line in text.splitlines() if line.startswith("| ")] == rows and rows[1].startswith("| hard | 6 | ")
+    assert f"{folder.name}/README.md): **HOLDS** (C04): errors of soft" in text
+    assert "unknown has no results yet" in text and "old" not in text and text.endswith("after\n")
+    assert write_overview(readme, folder.parent) and readme.read_text() == text, "written again, the same"
+
+
 def test_overview_leaves_a_readme_without_markers_and_refuses_a_lone_one(workshop, tmp_path: Path) -> None:
     folder = _built(workshop)
     readme = tmp_path / "README.md"

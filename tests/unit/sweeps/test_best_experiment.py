@@ -15,7 +15,7 @@ from research.config import conf_dir
 from research.errors import ConfigError
 from research.schemas import register_schemas
 from research.sweeps.best_experiment import experiment_text, with_experiment_file
-from research.sweeps.search_space import parse_space
+from research.sweeps.space_parser import parse_space
 from research.sweeps.sweep_command import _check_composes, composer
 
 SEARCHES = sorted(path.stem for path in (conf_dir() / "hparams_search").glob("*.yaml"))

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from research.errors import ConfigError
 from research.sweeps.grammar import written
-from research.sweeps.search_space import Parameter, SearchSpace, parse_space
+from research.sweeps.search_space import Parameter, SearchSpace
+from research.sweeps.space_parser import parse_space
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=12)
 NUMBERS = st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False)

@@ -17,12 +17,15 @@ import torch
 from optuna.trial import TrialState
 
 from research.errors import ConfigError
-from research.sweeps.engines import FlockOnFile, StorageSpec, build_pruner, build_sampler, storage_spec
+from research.sweeps.engines import build_pruner, build_sampler
 from research.sweeps.owners import Beats, is_alive, this_process
-from research.sweeps.search_space import SearchSpace, parse_space
+from research.sweeps.search_space import SearchSpace
+from research.sweeps.space_parser import parse_space
+from research.sweeps.storages import FlockOnFile, StorageSpec, storage_spec
 from research.sweeps.sweep_study import claim_control, differences, open_study, refuse_foreign_runs
+from research.sweeps.sweep_terms import SweepTerms
 from research.sweeps.trial_runs import plain_returned
-from research.sweeps.trial_store import SweepTerms, TrialStore
+from research.sweeps.trial_store import TrialStore
 from research.sweeps.trial_work import portable
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")

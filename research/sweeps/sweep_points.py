@@ -1,0 +1,107 @@
+"""Which trials a sweep is to have: its target, points given by hand, a grid's points, and another study's trials."""
+
+import json
+import logging
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from research.errors import ConfigError
+from research.sweeps.search_space import SearchSpace
+from research.sweeps.storages import storage_spec
+from research.sweeps.sweep_plan import SweepPlan
+from research.sweeps.sweep_study import await_tickets
+from research.sweeps.trial_store import TrialStore
+
+log = logging.getLogger(__name__)
+
+
+def trial_target(plan: SweepPlan, store: TrialStore, space: SearchSpace) -> int:
+    """How many trials there are to be: a space that can be counted is tried once."""
+    sampler, wanted, held = store.terms.sampler["name"], plan.n_trials, store.terms.fixed
+    if sampler not in ("grid", "brute_force"):
+        return wanted
+    endless = [p.name for p in space.parameters if p.name not in held and not p.is_countable]
+    if endless:
+        raise ConfigError(
+            f"sampler {sampler} tries every point, and {', '.join(endless)} has no end "
+            "of values; give choice(...) or range(...), or another sampler"
+        )
+    size = sum(1 for _ in islice(space.points(held), wanted + 1))  # of a vast space no more than needed
+    if size < wanted:
+        log.info("the search has %s points: the target of %s trials is cut to it", size, wanted)
+    elif size > wanted:
+        log.info("the search has more points than hydra.sweeper.n_trials=%s: the others are left out", wanted)
+    return min(size, wanted)
+
+
+def top_up(plan: SweepPlan, store: TrialStore, space: SearchSpace, target: int, *, goes_on: bool) -> None:
+    """Add the trials that the target lacks: points given by hand first, a grid's in its order.
+
+    Whoever finds a study that has just been made waits for the trials of its maker.
+    """
+    if goes_on:
+        await_tickets(store)
+    missing = target - store.counts().total
+    if missing < 0:
+        store.take_back_surplus(target)
+    if missing <= 0:
+        return
+    known = {_key(point) for trial in store.trials() for point in _points_of(trial)}
+    given = [space.check_point(point, f"enqueue[{n}]") for n, point in enumerate(plan.enqueue)]
+    first = [point for point in given if _key(point) not in known]
+    points: list[Mapping[str, Any] | None] = [*first[:missing]]
+    if store.terms.sampler["name"] == "grid":
+        known |= {_key(point) for point in given}
+        untried = (p for p in space.points(store.terms.fixed) if _key(p) not in known)
+        points += islice(untried, missing - len(points))
+    else:
+        points += [None] * (missing - len(points))
+    store.add_tickets(points, target)
+
+
+def copy_trials(plan: SweepPlan, store: TrialStore, space: SearchSpace, sweep_dir: Path) -> None:
+    """Add the finished trials of another study; they are known to the sampler and count nowhere."""
+    if not plan.copy_from:
+        return
+    import optuna
+
+    source = dict(plan.copy_from)
+    name = source.pop("study_name", None)
+    spec = storage_spec(source.get("storage", source), sweep_dir)
+    storage = spec.open()
+    names = optuna.get_all_study_names(storage)
+    if name not in names:
+        raise ConfigError(f"copy_from.study_name is {name!r}; {spec.described()} holds {', '.join(names) or 'none'}")
+    study, copied, left_out = store.study(), 0, 0
+    other = optuna.load_study(study_name=name, storage=storage)
+    if other.directions != study.directions:
+        raise ConfigError(
+            f"copy_from.study_name {name!r} goes {[d.name.lower() for d in other.directions]}, this study "
+            f"{list(store.terms.directions)}; its values mean something else"
+        )
+    for trial in other.get_trials(deepcopy=True):
+        point = trial.params
+        fits = set(point) <= space.names and trial.state is optuna.trial.TrialState.COMPLETE
+        by_name = {parameter.name: parameter for parameter in space.parameters}
+        if fits and all(by_name[key].contains(value) for key, value in point.items()):
+            study.add_trial(
+                optuna.trial.create_trial(
+                    values=trial.values, params=point, distributions=trial.distributions,
+                    user_attrs={"copied_from": f"{name}/{trial.number}"},
+                )
+            )  # fmt: skip
+            copied += 1
+        else:
+            left_out += 1
+    log.info("copied %s trials of %s; %s left out: not complete, or outside this search", copied, name, left_out)
+
+
+def _points_of(trial: Any) -> list[Mapping[str, Any]]:
+    """The point of a trial, and what of it was given by hand."""
+    return [trial.params, trial.system_attrs.get("fixed_params", {})]
+
+
+def _key(point: Mapping[str, Any]) -> str:
+    return json.dumps({key: point[key] for key in sorted(point)}, default=str)
