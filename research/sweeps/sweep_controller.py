@@ -15,8 +15,9 @@ from research.loops.signals import handled
 from research.sweeps.grammar import quoted
 from research.sweeps.repeating import repeating
 from research.sweeps.sweep_plan import SweepPlan
-from research.sweeps.sweep_points import copy_trials, top_up, trial_target
+from research.sweeps.sweep_points import copy_trials, points_by_hand, study_to_copy, top_up, trial_target
 from research.sweeps.sweep_study import (
+    await_tickets,
     beat_control,
     claim_control,
     open_study,
@@ -59,11 +60,15 @@ class SweepController:
         self._task, self._launcher_for, self._terms, self._folder_for = task, launcher_for, terms, folder_for
         self._started = time.time()
         self._goes_on_with, self._worker_error, self._trials = False, "", plan.n_trials
+        self._by_hand: list[dict[str, Any]] = []
+        self._to_copy: Any = None
 
     def open(self) -> None:
         """Make the study or find it. Raises ConfigError for what cannot be swept, before anything is changed."""
         self.plan.check()
         self._trials = trial_target(self.plan, self.store, self.space)
+        self._by_hand = points_by_hand(self.plan, self.space)
+        self._to_copy = study_to_copy(self.plan, self.store.terms, Path(self.work.sweep_dir))
         refuse_foreign_runs(self.store, Path(self.work.sweep_dir))
         self._goes_on_with = open_study(self.store, self._terms, resume=self.plan.resume, on_change=self.plan.on_change)
 
@@ -76,9 +81,10 @@ class SweepController:
         """
         with self._control():
             target = self._trials
-            if not self._goes_on_with:
-                copy_trials(self.plan, self.store, self.space, Path(self.work.sweep_dir))
-            top_up(self.plan, self.store, self.space, target, goes_on=self._goes_on_with)
+            is_made = self._goes_on_with and await_tickets(self.store)
+            if self._to_copy is not None and not is_made:
+                copy_trials(self._to_copy, self.store, self.space)
+            top_up(self.store, self.space, target, self._by_hand)
             tell_tickets(self.store)
             with watch(self.store, target), handled({signal.SIGTERM: as_ctrl_c}):
                 try:

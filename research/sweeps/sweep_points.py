@@ -2,17 +2,20 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from research.errors import ConfigError
 from research.sweeps.search_space import SearchSpace
 from research.sweeps.storages import storage_spec
 from research.sweeps.sweep_plan import SweepPlan
-from research.sweeps.sweep_study import await_tickets
+from research.sweeps.sweep_terms import SweepTerms
 from research.sweeps.trial_store import TrialStore
+
+if TYPE_CHECKING:
+    import optuna
 
 log = logging.getLogger(__name__)
 
@@ -36,20 +39,19 @@ def trial_target(plan: SweepPlan, store: TrialStore, space: SearchSpace) -> int:
     return min(size, wanted)
 
 
-def top_up(plan: SweepPlan, store: TrialStore, space: SearchSpace, target: int, *, goes_on: bool) -> None:
-    """Add the trials that the target lacks: points given by hand first, a grid's in its order.
+def points_by_hand(plan: SweepPlan, space: SearchSpace) -> list[dict[str, Any]]:
+    """The points that shall be tried first, checked. Raises ConfigError for one that is not in the space."""
+    return [space.check_point(point, f"enqueue[{number}]") for number, point in enumerate(plan.enqueue)]
 
-    Whoever finds a study that has just been made waits for the trials of its maker.
-    """
-    if goes_on:
-        await_tickets(store)
+
+def top_up(store: TrialStore, space: SearchSpace, target: int, given: Sequence[Mapping[str, Any]]) -> None:
+    """Add the trials that the target lacks: points given by hand first, a grid's in its order."""
     missing = target - store.counts().total
     if missing < 0:
         store.take_back_surplus(target)
     if missing <= 0:
         return
     known = {_key(point) for trial in store.trials() for point in _points_of(trial)}
-    given = [space.check_point(point, f"enqueue[{n}]") for n, point in enumerate(plan.enqueue)]
     first = [point for point in given if _key(point) not in known]
     points: list[Mapping[str, Any] | None] = [*first[:missing]]
     if store.terms.sampler["name"] == "grid":
@@ -61,10 +63,10 @@ def top_up(plan: SweepPlan, store: TrialStore, space: SearchSpace, target: int, 
     store.add_tickets(points, target)
 
 
-def copy_trials(plan: SweepPlan, store: TrialStore, space: SearchSpace, sweep_dir: Path) -> None:
-    """Add the finished trials of another study; they are known to the sampler and count nowhere."""
+def study_to_copy(plan: SweepPlan, terms: SweepTerms, sweep_dir: Path) -> "optuna.Study | None":
+    """The other study whose trials the sampler shall know. Raises ConfigError for one that is not there or differs."""
     if not plan.copy_from:
-        return
+        return None
     import optuna
 
     source = dict(plan.copy_from)
@@ -74,28 +76,39 @@ def copy_trials(plan: SweepPlan, store: TrialStore, space: SearchSpace, sweep_di
     names = optuna.get_all_study_names(storage)
     if name not in names:
         raise ConfigError(f"copy_from.study_name is {name!r}; {spec.described()} holds {', '.join(names) or 'none'}")
-    study, copied, left_out = store.study(), 0, 0
     other = optuna.load_study(study_name=name, storage=storage)
-    if other.directions != study.directions:
+    directions = [direction.name.lower() for direction in other.directions]
+    if directions != list(terms.directions):
         raise ConfigError(
-            f"copy_from.study_name {name!r} goes {[d.name.lower() for d in other.directions]}, this study "
-            f"{list(store.terms.directions)}; its values mean something else"
+            f"copy_from.study_name {name!r} goes {directions}, this study {list(terms.directions)}; its values mean "
+            "something else"
         )
+    return other
+
+
+def copy_trials(other: "optuna.Study", store: TrialStore, space: SearchSpace) -> None:
+    """Add the finished trials of another study, each once; they are known to the sampler and count nowhere."""
+    import optuna
+
+    study, by_name = store.study(), {parameter.name: parameter for parameter in space.parameters}
+    there = {trial.user_attrs.get("copied_from") for trial in study.get_trials(deepcopy=False)}
+    copied, left_out = 0, 0
     for trial in other.get_trials(deepcopy=True):
-        point = trial.params
-        fits = set(point) <= space.names and trial.state is optuna.trial.TrialState.COMPLETE
-        by_name = {parameter.name: parameter for parameter in space.parameters}
-        if fits and all(by_name[key].contains(value) for key, value in point.items()):
+        point, mark = trial.params, f"{other.study_name}/{trial.number}"
+        is_known = set(point) <= space.names and trial.state is optuna.trial.TrialState.COMPLETE
+        if not is_known or not all(by_name[key].contains(value) for key, value in point.items()):
+            left_out += 1
+        elif mark not in there:
             study.add_trial(
                 optuna.trial.create_trial(
                     values=trial.values, params=point, distributions=trial.distributions,
-                    user_attrs={"copied_from": f"{name}/{trial.number}"},
+                    user_attrs={"copied_from": mark},
                 )
             )  # fmt: skip
             copied += 1
-        else:
-            left_out += 1
-    log.info("copied %s trials of %s; %s left out: not complete, or outside this search", copied, name, left_out)
+    log.info(
+        "copied %s trials of %s; %s left out: not complete, or outside this search", copied, other.study_name, left_out
+    )
 
 
 def _points_of(trial: Any) -> list[Mapping[str, Any]]:

@@ -73,11 +73,12 @@ def refuse_foreign_runs(store: TrialStore, folder: Path) -> None:
         )
 
 
-def await_tickets(store: TrialStore) -> None:
-    """Wait until a study's maker has added its trials, or for as long as it would take if it lived."""
+def await_tickets(store: TrialStore) -> bool:
+    """Wait until a study's maker has added its trials, or for as long as it would take if it lived; whether it has."""
     deadline = time.monotonic() + READY_S
-    while TICKETS not in store.study().user_attrs and time.monotonic() < deadline:
+    while not (is_told := TICKETS in store.study().user_attrs) and time.monotonic() < deadline:
         time.sleep(0.2)
+    return is_told
 
 
 def tell_tickets(store: TrialStore) -> None:

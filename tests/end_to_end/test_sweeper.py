@@ -290,6 +290,23 @@ def test_points_by_hand_come_first_and_known_trials_are_copied(sweep: Callable[.
     second.folder.parent.mkdir()
     out = second.run(f"hydra.sweeper.copy_from={copied}")
     assert [row["number"] for row in second.rows()] == ["3", "4"], out
+    third = Sweep(tmp_path / "third", "x=interval(-5,5)", "kind=a,b", "hydra.sweeper.n_trials=1")
+    third.folder.parent.mkdir()
+    for wrong, told in (
+        ("hydra.sweeper.direction=maximize", "goes ['minimize'], this study ['maximize']"),
+        ("hydra.sweeper.enqueue=[{x: 7}]", "outside"),
+    ):
+        out = third.run(f"hydra.sweeper.copy_from={copied}", wrong)
+        assert third.code != 0 and told in " ".join(out.split()), out
+    out = third.run(f"hydra.sweeper.copy_from={copied}")
+    assert [row["number"] for row in third.rows()] == ["3"], f"a refused command leaves no study behind: {out}"
+
+
+def test_a_point_that_is_partly_given_is_tried_once(sweep: Callable[..., Sweep]) -> None:
+    search = sweep("x=interval(-5,5)", "kind=a,b", "hydra.sweeper.enqueue=[{x: 1.25}]")
+    for count in (1, 3):
+        search.run(f"hydra.sweeper.n_trials={count}")
+    assert [row["param:x"] == "1.25" for row in search.rows()] == [True, False, False]
 
 
 @pytest.mark.parametrize(

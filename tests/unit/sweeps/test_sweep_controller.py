@@ -1,0 +1,85 @@
+"""The command that sweeps, where it is stopped between two of its steps."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+
+from research.sweeps.space_parser import parse_space
+from research.sweeps.storages import StorageSpec
+from research.sweeps.sweep_controller import SweepController
+from research.sweeps.sweep_plan import SweepPlan
+from research.sweeps.sweep_points import copy_trials
+from research.sweeps.sweep_terms import SweepTerms
+from research.sweeps.trial_runs import RunPlan, TrialRuns
+from research.sweeps.trial_store import TrialStore
+from research.sweeps.trial_work import TrialWork
+
+
+@dataclass
+class StoppedWork(TrialWork):
+    """Ctrl-C comes when the second trial of a batch has been taken and nothing has been launched."""
+
+    prepared: int = 0
+
+    def prepare(self, trial: Any) -> list[str]:
+        self.prepared += 1
+        if self.prepared == 2:
+            raise KeyboardInterrupt
+        return super().prepare(trial)
+
+
+def test_a_stop_between_taking_and_launching_lets_both_trials_wait_again(tmp_path: Path) -> None:
+    space, _ = parse_space({"x": "interval(0,1)"}, [])
+    store = TrialStore(SweepTerms(StorageSpec("journal", path=str(tmp_path / "study.journal")), "sweep"))
+    runs = TrialRuns(lambda cfg: 0.0, None, RunPlan())  # type: ignore[arg-type]
+    launched: list[Any] = []
+    work = StoppedWork(store, space, runs, str(tmp_path))
+    controller = SweepController(
+        SweepPlan(n_trials=3, n_jobs=2), work, lambda cfg: 0.0, lambda task: launched, {"space": space.described()}
+    )
+    controller.open()
+    with pytest.raises(KeyboardInterrupt):
+        controller.run(lambda shown, target: nullcontext())
+    assert [trial.state for trial in store.trials()] == [TrialState.WAITING] * 3
+    drawn = [trial.params for trial in store.trials()]
+    assert set(drawn[0]) == set(drawn[1]) == {"x"} and not drawn[2], "what was drawn stays drawn"
+    taken = [store.take(space, 1) for _ in range(2)]
+    assert [trial.number for trial in taken if trial] == [0, 1] and [t.params for t in taken if t] == drawn[:2]
+
+
+def test_a_study_whose_maker_died_before_its_trials_gets_them_and_the_copied_ones_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("research.sweeps.sweep_study.READY_S", 0.3)
+    space, _ = parse_space({"x": "interval(0,1)"}, [])
+    specs = {name: StorageSpec("journal", path=str(tmp_path / f"{name}.journal")) for name in ("old", "new")}
+    runs = TrialRuns(lambda cfg: 0.0, None, RunPlan())  # type: ignore[arg-type]
+
+    def controller_of(name: str, **plan: Any) -> SweepController:
+        store = TrialStore(SweepTerms(specs[name], name))
+        work = TrialWork(store, space, runs, str(tmp_path / name))
+        terms = {"space": space.described()}
+        return SweepController(SweepPlan(**plan), work, lambda cfg: 0.0, lambda task: None, terms)
+
+    old = controller_of("old", n_trials=2)
+    old.open()
+    for value in (1.0, 2.0):
+        old.store.add_tickets([None])
+        trial = old.store.take(space, 0)
+        assert trial is not None
+        old.store.complete(trial.number, value)
+    source = {"storage": {"name": "journal", "path": specs["old"].path}, "study_name": "old"}
+    dying = controller_of("new", n_trials=3, copy_from=source)
+    dying.open()
+    copy_trials(dying._to_copy, dying.store, space)  # and dies here
+    for _ in range(2):
+        again = controller_of("new", n_trials=3, copy_from=source)
+        again.open()
+        monkeypatch.setattr(again, "_batches", lambda target: [])
+        again.run(lambda shown, target: nullcontext())
+    assert [trial.values for trial in again.store.study().get_trials() if trial.values] == [[1.0], [2.0]]
+    assert again.store.counts().waiting == 3
