@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from measuring import machine, write_between
+
 HERE = Path(__file__).resolve().parent
 EXPERIMENTS = HERE.parent
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PAIRS, STEPS = 7, 150
 
 
@@ -188,12 +189,6 @@ def write_cache() -> None:
     subprocess.run([*DISTILL, *words], check=True, cwd=EXPERIMENTS.parent)
 
 
-def machine() -> dict[str, object]:
-    from research.results.record import hardware
-
-    return {"machine": hardware(1)}
-
-
 def write_table(found: dict[str, dict]) -> None:
     """The README's table, between its markers."""
     lines = ["| what | ratio (median, range) | goal | first, ms | second, ms |", "|---|--:|--:|--:|--:|"]
@@ -215,10 +210,7 @@ def write_table(found: dict[str, dict]) -> None:
         f"| {name} | {e['runs']} | {e['median_s']} | {e['min_s']} to {e['max_s']} |"
         for name, e in found.get("cells", {}).items()
     ]
-    path = HERE / "README.md"
-    text = path.read_text()
-    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    path.write_text(f"{head}\n" + "\n".join(lines) + f"\n{tail}")
+    write_between("results", lines)
 
 
 DISTILL = [sys.executable, "-c", "import sys; from research.commands.main import main; sys.argv[0] = 'distill'; main()"]

@@ -24,10 +24,9 @@ from typing import Any
 
 import torch
 from losses_peers import ARMS, BETA, Shape, Work, arms_of
-from measuring import about, in_turn
+from measuring import about, in_turn, write_between
 
 HERE = Path(__file__).resolve().parent
-BEGIN, END = "<!-- losses:begin -->", "<!-- losses:end -->"
 DTYPES = ("float32", "bfloat16")
 # classes: (positions, student width, teacher width)
 TIMED = {32_000: (1024, 512, 1024), 50_257: (1024, 512, 1024), 151_936: (512, 512, 1024)}
@@ -51,7 +50,7 @@ def main(names: Sequence[str], chosen: argparse.Namespace) -> None:
     if chosen.smoke:
         print("\n".join(table(found)))
     else:
-        write_table(found)
+        write_between("losses", table(found))
 
 
 def shapes(sizes: dict[int, tuple[int, int, int]], chosen: argparse.Namespace) -> list[Shape]:
@@ -171,13 +170,6 @@ def _cell(entry: dict[str, Any] | None) -> str:
     if "mb" in entry:
         return f"{entry['mb']:,.0f}"
     return f"{entry['floors']:.2f} ({entry['low']:.2f} to {entry['high']:.2f}), {entry['ms']:,.0f} ms"
-
-
-def write_table(found: dict[str, Any]) -> None:
-    path = HERE / "README.md"
-    text = path.read_text()
-    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    path.write_text(f"{head}\n" + "\n".join(table(found)) + f"\n{tail}")
 
 
 SIZES = {"time": TIMED, "memory": WEIGHED}

@@ -1,12 +1,13 @@
-"""What the benchmarks of written traces share: arms in turn, their ratio, and the plain loop they stand against."""
+"""What the benchmarks share: arms in turn, their ratio, a plain loop to stand against, and their tables' place."""
 
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from benchmark import machine
+README = Path(__file__).resolve().parent / "README.md"
 
 
 def in_turn(arms: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -83,3 +84,17 @@ def plain_steps(cfg: Any, student: Any, loader: Iterable[Any], steps: int) -> fl
 QUIET = ["trainer.max_epochs=1", "trainer.limit_val_batches=0", "trainer.enable_progress_bar=false"]
 LANGUAGE_MODEL = ["data=traces", "model@student=llama", "method=sft_trace", "optimizer=adamw", "optimizer.lr=4.0e-3",
                   "student.initializer_range=0.1", "trainer.gradient_clip_val=1.0", *QUIET]  # fmt: skip
+
+
+def machine() -> dict[str, object]:
+    from research.results.record import hardware
+
+    return {"machine": hardware(1)}
+
+
+def write_between(name: str, lines: Iterable[str]) -> None:
+    """Put tables into the README beside this file, between ``<!-- name:begin -->`` and ``<!-- name:end -->``."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    text = README.read_text()
+    head, tail = text[: text.index(begin) + len(begin)], text[text.index(end) :]
+    README.write_text("\n".join([head, *lines, tail]))

@@ -21,11 +21,10 @@ from typing import Any
 
 import lightning as L
 from benchmark import ratio
-from measuring import about, in_turn
+from measuring import about, in_turn, write_between
 from on_policy_setting import METHODS, ONE_LAYER, SIZES, Clock, Setting, fitted, write_models
 
 HERE = Path(__file__).resolve().parent
-BEGIN, END = "<!-- on-policy:begin -->", "<!-- on-policy:end -->"
 TRAINERS = ("GKDTrainer", "DistillationTrainer")
 MISSING = "not installed; pip install '.[benchmark]'"
 
@@ -46,7 +45,7 @@ def main(names: Sequence[str], quick: bool) -> None:
     if quick:
         print("\n".join(table(found)))
     else:
-        write_table(found)
+        write_between("on-policy", table(found))
 
 
 # -- against TRL ------------------------------------------------------------------------------------------------------
@@ -198,14 +197,6 @@ def _compared(name: str, entry: Mapping[str, Any]) -> str:
 
 def _spread(entry: Mapping[str, float]) -> str:
     return f"{entry['median']:.1f} ({entry['low']:.1f} to {entry['high']:.1f})"
-
-
-def write_table(found: Mapping[str, Any]) -> None:
-    """The README's tables, between their markers."""
-    path = HERE / "README.md"
-    text = path.read_text()
-    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    path.write_text(f"{head}\n" + "\n".join(table(found)) + f"\n{tail}")
 
 
 BENCHMARKS = {"step": step, "share": share}

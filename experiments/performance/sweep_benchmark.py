@@ -1,9 +1,11 @@
-"""What a sweep costs beside its training: against separate processes, within a trial, and what pruning saves.
+"""What a sweep costs beside its training: against separate processes, another sweeper, within a trial, and pruning.
 
-    python experiments/performance/sweep_benchmark.py [processes] [overhead] [pruning] [--quick]
+    python experiments/performance/sweep_benchmark.py [processes] [peer] [overhead] [pruning] [--quick]
 
-Every part runs `distill` on scikit-learn's digits. CPU seconds of the commands and of all that they start, in turn; one
-thread each. Writes sweep_results.json (not with --quick).
+Every part runs `distill` on scikit-learn's digits, one thread each. CPU seconds of the commands and of all that they
+start, in turn; the way to an objective is wall time, of trials one after the other. `peer` wants a python with Hydra
+1.4, hydra-optuna-sweeper 1.4 and this package's requirements in RESEARCH_HYDRA14_PYTHON. Writes sweep_results.json and
+the table in README.md beside this file (not with --quick).
 """
 
 import csv
@@ -14,11 +16,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from measuring import about, in_turn
+from measuring import about, in_turn, write_between
 
 HERE = Path(__file__).resolve().parent
 START = [sys.executable, "-c", "from research.commands.main import main; main()"]
@@ -36,13 +38,19 @@ def main() -> None:
     """Run the named parts, or all of them."""
     is_quick = "--quick" in sys.argv
     names = [name for name in sys.argv[1:] if not name.startswith("-")] or list(PARTS)
-    found: dict[str, Any] = {name: PARTS[name](is_quick) for name in names}
+    if unknown := set(names) - set(PARTS):
+        raise SystemExit(f"no benchmark {sorted(unknown)[0]}; expected {', '.join(PARTS)}")
+    path = HERE / "sweep_results.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() and not is_quick else {}
     for name in names:
-        print(name, json.dumps(found[name]))
-    if not is_quick:
-        path = HERE / "sweep_results.json"
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**kept, **found, "about": about()}, indent=1) + "\n")
+        found[name] = PARTS[name](is_quick) | about()
+        print(name, json.dumps(found[name]), flush=True)
+        if not is_quick:
+            path.write_text(json.dumps(found, indent=1) + "\n")
+    if is_quick:
+        print("\n".join(table(found)))
+    else:
+        write_between("sweeps", table(found))
 
 
 def processes(is_quick: bool) -> dict[str, Any]:
@@ -61,7 +69,33 @@ def processes(is_quick: bool) -> dict[str, Any]:
         ]
         return sum(map(cpu_seconds, commands))
 
-    found = in_turn({"sweep": in_folder(swept), "separate": in_folder(separate)}, rounds)
+    return against({"sweep": in_folder(swept), "separate": in_folder(separate)}, trials, epochs, rounds)
+
+
+def peer(is_quick: bool) -> dict[str, Any]:
+    """As many trials of one space by this sweeper and by hydra-optuna-sweeper, both on Hydra 1.4 in its environment."""
+    python = os.environ.get(PRERELEASE)
+    if not python:
+        return {"missing": f"{PRERELEASE} names no python"}
+    trials, rounds, epochs = (2, 1, 1) if is_quick else (8, 5, 10)
+    start = [python, *START[1:]]
+
+    def swept_by(sweeper: str, *more: str) -> Callable[[Path], float]:
+        return lambda folder: cpu_seconds(
+            ["train", "-m", f"hydra/sweeper={sweeper}", *RUN, f"trainer.max_epochs={epochs}", SEARCH,
+             f"hydra.sweeper.n_trials={trials}", f"hydra.sweep.dir={folder}", *more], start,
+        )  # fmt: skip
+
+    arms = {
+        "sweep": in_folder(swept_by("optuna_study")),
+        "separate": in_folder(swept_by("optuna", "hydra.sweeper.n_jobs=1", "hydra.sweeper.study_name=peer")),
+    }
+    return against(arms, trials, epochs, rounds)
+
+
+def against(arms: dict[str, Callable[[], float]], trials: int, epochs: int, rounds: int) -> dict[str, Any]:
+    """Trials per CPU hour of both, and the ratio round by round; above 1 the sweep is the faster."""
+    found = in_turn(arms, rounds)
     ratios = sorted(b / a for a, b in zip(found["sweep"], found["separate"], strict=True))
     return {
         "trials": trials, "epochs": epochs, "rounds": rounds,
@@ -91,27 +125,45 @@ def overhead(is_quick: bool) -> dict[str, Any]:
 
 
 def pruning(is_quick: bool) -> dict[str, Any]:
-    """The same random points with and without the median pruner: optimizer steps taken, and the best value found."""
+    """The same random points with and without the median pruner: FLOPs of all trials, and the way to the best value.
+
+    flops_saved_percent   of the updates that the same trials take unpruned
+    seconds_to_best       wall time until a trial is as good as the best unpruned one: without over with the pruner
+    reached               seeds in which the pruner let that trial live
+    """
     trials, epochs, seeds = (4, 3, (0,)) if is_quick else (24, 20, (0, 1, 2, 3, 4))
-    saved, lost = [], []
+    saved, faster = [], []
     for seed in seeds:
-        steps, best = {}, {}
+        flops, rows = {}, {}
         for pruner in ("none", "median"):
             with tempfile.TemporaryDirectory() as name:
                 cpu_seconds(["train", "-m", "hydra/sweeper=optuna_study", *RUN, f"trainer.max_epochs={epochs}", SEARCH,
                              f"hydra/sweeper/pruner={pruner}", "hydra/sweeper/sampler=random",
                              f"hydra.sweeper.sampler.seed={seed}", f"hydra.sweeper.n_trials={trials}",
                              f"hydra.sweep.dir={name}"])  # fmt: skip
-                rows = rows_of(Path(name))
-                ledgers = [json.loads((Path(row["folder"]) / "run.json").read_text())["ledger"] for row in rows]
-                steps[pruner] = sum(ledger["student_update"]["flops"] for ledger in ledgers)
-                best[pruner] = min(float(row["value"]) for row in rows if row["state"] == "complete")
-        saved.append(100 * (1 - steps["median"] / steps["none"]))
-        lost.append(best["median"] - best["none"])
+                rows[pruner] = rows_of(Path(name))
+                ledgers = [json.loads((Path(row["folder"]) / "run.json").read_text())["ledger"] for row in rows[pruner]]
+                flops[pruner] = sum(ledger["student_update"]["flops"] for ledger in ledgers)
+        saved.append(100 * (1 - flops["median"] / flops["none"]))
+        target = min(float(row["value"]) for row in rows["none"])
+        seconds = {pruner: seconds_until(target, found) for pruner, found in rows.items()}
+        if seconds["median"] is not None and seconds["none"] is not None:
+            faster.append(seconds["none"] / seconds["median"])
     return {
         "trials": trials, "seeds": len(seeds), "flops_saved_percent": round(statistics.median(saved), 1),
-        "low": round(min(saved), 1), "high": round(max(saved), 1), "errors_lost": lost,
+        "low": round(min(saved), 1), "high": round(max(saved), 1), "reached": len(faster),
+        "seconds_to_best": [round(ratio, 3) for ratio in sorted(faster)],
     }  # fmt: skip
+
+
+def seconds_until(target: float, rows: list[dict[str, str]]) -> float | None:
+    """Seconds of the trials one after the other up to the first whose value is no greater; None: there is none."""
+    spent = 0.0
+    for row in rows:
+        spent += float(row["seconds"])
+        if row["state"] == "complete" and float(row["value"]) <= target:
+            return spent
+    return None
 
 
 def in_folder(measure: Callable[[Path], float]) -> Callable[[], float]:
@@ -124,11 +176,16 @@ def in_folder(measure: Callable[[Path], float]) -> Callable[[], float]:
     return run
 
 
-def cpu_seconds(arguments: list[str]) -> float:
+def cpu_seconds(arguments: list[str], start: Sequence[str] = ()) -> float:
     """CPU seconds of one command and of all that it starts. Raises where it fails."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [*START, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        [*(start or START), *arguments],
+        cwd=HERE.parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)}\n{done.stderr[-2000:]}")
@@ -141,7 +198,39 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {"processes": processes, "overhead": overhead, "pruning": pruning}
+def table(found: dict[str, Any]) -> list[str]:
+    """The README's table."""
+    lines = ["| what | figure (range) | goal | trials per CPU hour |", "|---|--:|--:|--:|"]
+    for name, what, goal in (
+        ("processes", "one sweep / as many `distill train`", "reported"),
+        ("peer", "this sweeper / hydra-optuna-sweeper 1.4, both on Hydra 1.4", ">= 1"),
+    ):
+        entry = found.get(name, {})
+        if "missing" in entry:
+            lines.append(f"| {what} | missing | {goal} | |")
+        elif entry:
+            speed = entry["trials_per_cpu_hour"]
+            spread = f"{entry['ratio']} ({entry['low']} to {entry['high']}) times as fast"
+            lines.append(f"| {what} | {spread} | {goal} | {speed['sweep']:,} and {speed['separate']:,} |")
+    for epochs, entry in found.get("overhead", {}).items():
+        if epochs.isdigit():
+            spread = f"{entry['outside_percent']} % ({entry['low']} to {entry['high']})"
+            goal = "<= 10 %" if entry["fit_s"] >= SHORT_S else "reported"
+            lines.append(f"| of a trial, outside its fit of {entry['fit_s']} s | {spread} | {goal} | |")
+    if entry := found.get("pruning"):
+        spread = f"{entry['flops_saved_percent']} % ({entry['low']} to {entry['high']})"
+        lines.append(f"| FLOPs that the median pruner saves, {entry['trials']} random trials | {spread} | reported | |")
+        ratios = ", ".join(map(str, entry["seconds_to_best"])) or "-"
+        lines.append(
+            f"| wall time to the best unpruned value, without / with it, seed by seed | {ratios} | reported | |"
+        )
+    return lines
+
+
+PRERELEASE, SHORT_S = "RESEARCH_HYDRA14_PYTHON", 5.0
+PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
+    "processes": processes, "peer": peer, "overhead": overhead, "pruning": pruning,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()

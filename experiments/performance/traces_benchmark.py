@@ -26,11 +26,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmark import composed
-from measuring import LANGUAGE_MODEL, QUIET, about, built, compared, flat_weights, in_turn, plain_steps
+from measuring import (
+    LANGUAGE_MODEL,
+    QUIET,
+    about,
+    built,
+    compared,
+    flat_weights,
+    in_turn,
+    plain_steps,
+    write_between,
+)
 from rollout_benchmark import rollout
 
 HERE = Path(__file__).resolve().parent
-BEGIN, END = "<!-- traces:begin -->", "<!-- traces:end -->"
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ def main(names: Sequence[str], quick: bool) -> None:
     if quick:
         print("\n".join(table(found)))
     else:
-        write_table(found)
+        write_between("traces", table(found))
 
 
 # -- steps through Lightning ------------------------------------------------------------------------------------------
@@ -225,14 +234,6 @@ def ratios_of(found: Mapping[str, Any]) -> Iterable[tuple[str, str, Mapping[str,
     for name in ("greedy", "sampled"):
         if entry := found.get("rollout", {}).get(name):
             yield f"LocalGenerator / `model.generate`, {name}", "reported", entry
-
-
-def write_table(found: Mapping[str, Any]) -> None:
-    """The README's tables, between their markers."""
-    path = HERE / "README.md"
-    text = path.read_text()
-    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    path.write_text(f"{head}\n" + "\n".join(table(found)) + f"\n{tail}")
 
 
 SUM8 = ["experiment=sum8_trace", "data.num_val=1", "data.num_test=1", *QUIET]

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import functools
+import logging
 import shutil
 import time
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ from research.seeding import seed_for
 from research.teachers.base import AbstractTeacher
 from research.teachers.load import NETWORK_FOLDER
 
+log = logging.getLogger(__name__)
 RECORD_FILE = "run.json"
 
 
@@ -195,9 +197,16 @@ class TrainingRun:
     def _take_weights(self) -> None:
         """The weights that are evaluated and kept: the last step's, or the best on validation where asked."""
         best = self.run_dir / CHECKPOINTS / BEST
-        if self.config["evaluation"]["weights"] == "best" and best.exists():  # a fast_dev_run writes none
+        if self.config["evaluation"]["weights"] != "best" or self.config["trainer"].get("fast_dev_run"):
+            return
+        if best.exists():
             state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
             self.method.load_state_dict(state)
+        else:
+            log.warning(
+                "evaluation.weights=best: the run ended before its first validation, so the last weights are taken; "
+                "validate more often with trainer.val_check_interval, or train for longer"
+            )
 
     def _score(self, device: torch.device) -> Scores:
         """Every split and variant that the config asks for, with the final weights."""

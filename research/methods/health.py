@@ -38,7 +38,9 @@ class RolloutHealth:
     Raises ConfigError for bounds without meaning, RolloutError where the run should stop.
     """
 
-    def __init__(self, max_truncated_share: float = 1.0, patience: int = 50, *, compares_rewards: bool = False) -> None:
+    def __init__(
+        self, max_truncated_share: float = 0.98, patience: int = 50, *, compares_rewards: bool = False
+    ) -> None:
         if not 0 < max_truncated_share <= 1:
             raise ConfigError(f"method.max_truncated_share is {max_truncated_share}; expected above 0 and at most 1")
         if patience < 1:

@@ -92,7 +92,7 @@ class OnPolicy(AbstractMethod):
         top_p: float = 1.0,
         max_new_tokens: int = 256,
         max_sampler_kl: float = 1.0,
-        max_truncated_share: float = 1.0,
+        max_truncated_share: float = 0.98,
         patience: int = 50,
     ) -> None:
         super().__init__(training, teacher)

@@ -70,7 +70,7 @@ class PolicyGradient(AbstractMethod):
         kl_weight: float = 0.0,
         kl_estimator: str = "k3",
         max_sampler_kl: float = 1.0,
-        max_truncated_share: float = 1.0,
+        max_truncated_share: float = 0.98,
         patience: int = 50,
     ) -> None:
         if teacher is not None:

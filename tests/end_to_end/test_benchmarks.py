@@ -99,3 +99,15 @@ def test_benchmark_of_own_words_tells_the_parts_of_a_step_and_what_is_missing() 
         assert (parts.pop("teacher") > 0) == (method == "on_policy") and min(parts.values()) > 0
         assert 0 < entry["outside"]["median"] < 100
     assert len(table) == 2 + 2 + 2 + 8
+
+
+@pytest.mark.slow
+def test_benchmark_of_sweeps_compares_as_many_trials_and_the_same_points() -> None:
+    found, table = quick("processes", "overhead", "pruning", script="sweep_benchmark.py")
+    processes = found["processes"]
+    assert processes["trials"] == 2 and 0 < processes["low"] <= processes["ratio"] <= processes["high"]
+    assert {"1", "2"} <= found["overhead"].keys() and all(
+        0 < found["overhead"][key]["outside_percent"] < 100 for key in ("1", "2")
+    )
+    assert found["pruning"]["reached"] == len(found["pruning"]["seconds_to_best"]) <= found["pruning"]["seeds"] == 1
+    assert len(table) == 2 + 1 + 2 + 2

@@ -227,6 +227,15 @@ def test_the_best_weights_are_taken_where_asked(tmp_path: Path) -> None:
     assert wrong == record.metrics["val/errors_best"]
 
 
+def test_a_run_without_a_validation_says_that_it_takes_the_last_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = go(make_run(tmp_path, evaluation={"weights": "best"}), max_steps=1, max_epochs=-1)
+    assert record.status == "completed" and not (tmp_path / "checkpoints" / "best.ckpt").exists()
+    (told,) = (line.message for line in caplog.records if line.name == "research.loops.training")
+    assert "ended before its first validation, so the last weights are taken" in told
+
+
 def test_checkpoints_are_thrown_away_where_asked(tmp_path: Path) -> None:
     go(make_run(tmp_path, keep_checkpoints=False))
     assert not (tmp_path / "checkpoints").exists() and (tmp_path / "student").exists()
