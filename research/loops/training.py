@@ -205,7 +205,7 @@ class TrainingRun:
         else:
             log.warning(
                 "evaluation.weights=best: the run ended before its first validation, so the last weights are taken; "
-                "validate more often with trainer.val_check_interval, or train for longer"
+                "train for longer, or validate sooner with a smaller trainer.limit_train_batches"
             )
 
     def _score(self, device: torch.device) -> Scores:
