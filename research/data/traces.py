@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -126,6 +127,11 @@ class TraceData(L.LightningDataModule):
         self._traces: list[Trace] | None = None
         self._prompts: list[PromptRow] | None = None
         self._refused_prompts: Counter[str] = Counter()
+
+    @property
+    def store_folders(self) -> tuple[Path, ...]:
+        """The trace stores whose traces the train split was read from, as far as it has been read."""
+        return self._source.folders
 
     # -- what is there ------------------------------------------------------------------------------------------------
 

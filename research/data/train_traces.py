@@ -56,6 +56,11 @@ class TrainTraces:
         """Of the one store, without its place on this machine; None where there is none."""
         return None if self._store is None else Path(self._store).name
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The stores that were read; none before :meth:`read`, and none for a release."""
+        return store_folders(self._store, self._parts) if self._traces else ()
+
     def read(self, own_problems: Callable[[], Sequence[Problem]]) -> list[Trace]:
         """The traces as they are stored; the solutions of ``own_problems`` where nothing is.
 
@@ -113,6 +118,12 @@ class TrainTraces:
             told = f"traces of {self._released.task.name}; the task is {self._task.name}"
             raise ConfigError(f"data.store is {self._store!r}, {told}")
         return self._released, which
+
+
+def store_folders(store: str | None, mixture: Sequence[Mapping[str, Any]] | None) -> tuple[Path, ...]:
+    """The folders of trace stores that ``data.store`` or ``data.mixture`` name; a release is none."""
+    named = [str(part["store"]) for part in mixture] if mixture else [store] if store else []
+    return tuple(Path(name) for name in named if not name.startswith(RELEASED_PREFIX))
 
 
 def reference_trace(problem: Problem) -> Trace:

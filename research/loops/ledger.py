@@ -1,12 +1,16 @@
 """What a run cost, line by line: the ledger of its record."""
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from research.methods.base import AbstractMethod
-from research.results.record import LEDGER_FIELDS, LEDGER_PARTS
+from research.results.record import LEDGER_FIELDS, LEDGER_PARTS, read_record
 from research.teachers.base import TeacherIdentity
 
+log = logging.getLogger(__name__)
+STORE_RECORD = "run.json"
 Line = dict[str, float | None]
 Ledger = dict[str, Line]
 
@@ -22,7 +26,7 @@ def ledger_of(method: AbstractMethod, seconds: float, *, is_text: bool) -> Ledge
     seconds  wall time of these fits. Of a student's update it is what is left without rollouts, teacher and validation
 
     The teacher's training is amortised by the reader, so it stands here whole, and None where no record says what it
-    cost.
+    cost; :func:`with_traces` adds what stored traces had cost.
     """
     teacher, rollout = method.teacher, method.rollout_cost
     elsewhere = method.teacher_seconds + rollout.seconds + method.validation_seconds
@@ -45,6 +49,31 @@ def ledger_of(method: AbstractMethod, seconds: float, *, is_text: bool) -> Ledge
         }
         ledger["teacher_training"] = training_of(teacher.identity)
     return ledger
+
+
+def with_traces(ledger: Ledger, stores: Iterable[Path], charged: Iterable[str] = ()) -> Ledger:
+    """The ledger of a run that read stored traces: their writing and their teachers' training stand in its last line.
+
+    Like a teacher's training this was spent once, before the run and for all students, so the reader amortises it.
+
+    stores   folders of the stores; one without a record of its own makes that line unknown
+    charged  hashes of teachers whose training the ledger holds already: it is not charged again for a store of theirs
+    """
+    known = set(charged)
+    lines = [ledger["teacher_training"]]
+    for folder in dict.fromkeys(folder.absolute() for folder in stores):
+        try:
+            record = read_record(folder / STORE_RECORD)
+        except (OSError, ValueError) as error:
+            log.warning("what the traces of %s had cost is not known: %s", folder, error)
+            lines.append(dict.fromkeys(LEDGER_FIELDS))
+            continue
+        lines.append(record.ledger["teacher_scoring"])
+        weights = (record.teacher or {}).get("weights_sha256") or str(folder)
+        if weights not in known:
+            known.add(weights)
+            lines.append(record.ledger["teacher_training"])
+    return ledger | {"teacher_training": sum_lines(lines)}
 
 
 def training_of(teacher: TeacherIdentity) -> Line:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from research.data.train_traces import store_folders
 from research.errors import CheckpointError, ConfigError
-from research.loops.ledger import Ledger, sum_lines, summed
+from research.loops.ledger import Ledger, Line, sum_lines, summed, with_traces
 from research.loops.scoring import Scores
-from research.results.record import RunRecord
+from research.results.record import LEDGER_FIELDS, RunRecord
 
 PHASES_FOLDER = "phases"
 # what says where a phase begins and lies, not what it is
@@ -119,7 +120,14 @@ def scores_of(run_dir: Path, folders: Mapping[str, Path], records: Mapping[str, 
 
 
 def ledger_of_phases(records: Sequence[RunRecord]) -> Ledger:
-    """The sum over phases; the training of a teacher that teaches in several of them is counted once."""
-    teachers = {record.teacher["sha256"]: record.ledger for record in records if record.teacher is not None}
-    training = sum_lines(ledger.get("teacher_training", {}) for ledger in teachers.values())
-    return summed(record.ledger for record in records) | {"teacher_training": training}
+    """The sum over phases; a teacher of several of them was trained once, and traces of several were written once."""
+    trained: dict[str, Line] = {}
+    stores: list[Path] = []
+    for record in records:
+        if record.teacher is not None and any(record.ledger["teacher_scoring"].values()):
+            told = record.teacher
+            trained[told["sha256"]] = {name: told.get(f"training_{name}") for name in LEDGER_FIELDS}
+        data = record.config.get("data") or {}
+        stores += store_folders(data.get("store"), data.get("mixture"))
+    whole = summed(record.ledger for record in records)
+    return with_traces(whole | {"teacher_training": sum_lines(trained.values())}, stores, trained)

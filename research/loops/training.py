@@ -28,7 +28,7 @@ from research.loops.fit import (
     resume_path,
     stopped_by_signals,
 )
-from research.loops.ledger import Ledger, ledger_of
+from research.loops.ledger import Ledger, ledger_of, with_traces
 from research.loops.scoring import DataModule, Scores, score_classes, score_exposure, score_text
 from research.loops.validation_answers import ANSWER_METRICS, ValidationAnswers
 from research.methods.base import AbstractMethod
@@ -272,6 +272,10 @@ class TrainingRun:
         """Over all fits of a resumed run; a loop that runs several says what is its own."""
         seconds = self.method.earlier_seconds + outcome.seconds
         ledger = ledger_of(self.method, seconds, is_text=isinstance(self.data, TraceData))
+        if isinstance(self.data, TraceData) and self.data.store_folders:
+            teacher = self.method.teacher
+            charged = [teacher.identity.sha256] if teacher is not None and self.method.teacher_rows else []
+            ledger = with_traces(ledger, self.data.store_folders, charged)
         return ledger if self.loop is None else ledger | self.loop.ledger
 
 

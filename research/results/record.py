@@ -41,7 +41,8 @@ class RunRecord:
     metrics                flat ``split/name`` -> float
     ledger                 part (LEDGER_PARTS) -> {flops, tokens, seconds}; 0 means none was spent, an absent or null
                            field means not measured, and then no total exists. A rollout is what was generated,
-                           prompt_prefill the passes over the prompts before it
+                           prompt_prefill the passes over the prompts before it, teacher_training what was spent
+                           once for all students: a teacher's training, and the writing of the stored traces
     data                   {name, fingerprint, summary}
     student, teacher       {architecture, parameters, sha256}; teacher None where there was none
     artifacts              name -> path relative to the record; ``items/<split>`` is the per-item parquet

@@ -195,12 +195,17 @@ def test_traces_of_a_run_teach_the_next(run: Path, distill: Distill, tmp_path: P
     asked = ("task=sum8", "task.num_terms=3", "data.num_problems=60", "sampling.max_new_tokens=16", "threads=1")
     done = distill("traces", f"teacher.path='{run}'", *asked, "filter=answer_key", "store=store", cwd=tmp_path)
     assert done.code == 0, done.err
-    kept = read_record(tmp_path / "store" / "run.json").metrics["traces/kept"]
+    written = read_record(tmp_path / "store" / "run.json")
+    kept = written.metrics["traces/kept"]
     assert 0 < kept < 60
     student = (f"data.store='{tmp_path}/store'", "data.num_train=null", "data.batch_size=8", "hydra.run.dir=run")
     done = distill("train", *SMOKE, *student, cwd=tmp_path)
     assert done.code == 0, done.err
-    data = read_record(tmp_path / "run" / "run.json").data["summary"]
+    record = read_record(tmp_path / "run" / "run.json")
+    teacher = read_record(Path(run) / "run.json").ledger["student_update"]["flops"]
+    once = written.ledger["teacher_scoring"]["flops"] + teacher
+    assert record.ledger["teacher_training"]["flops"] == once, "the teacher's training, and the writing of its traces"
+    data = record.data["summary"]
     assert data["store"] == "store" and data["rows"]["train"] == kept and data["dropped"]["train"] == {}
     page = tmp_path / "store" / "explorer.html"
     before = page.read_bytes()

@@ -1,17 +1,18 @@
 """The lines of a run's ledger against numbers by hand: nothing is counted twice, nothing unknown becomes 0."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from research.generation.cost import GenerationCost
-from research.loops.ledger import ledger_of, nothing, summed
+from research.loops.ledger import ledger_of, nothing, summed, with_traces
 from research.methods.base import Training
 from research.methods.soft_target import SoftTarget
 from research.models.build import build_network
-from research.results.record import LEDGER_PARTS
+from research.results.record import LEDGER_FIELDS, LEDGER_PARTS, RunRecord, write_record
 from research.teachers.frozen import FrozenTeacher, LoadedNetwork
 
 FACTS: dict[str, Any] = {"input_shape": (64,), "num_classes": 10}
@@ -68,3 +69,41 @@ def test_a_sum_knows_what_all_its_terms_know(method: SoftTarget) -> None:
     assert both["teacher_training"] == {"flops": 1400.0, "tokens": 140.0, "seconds": None}
     assert summed([one, without])["prompt_prefill"] == dict.fromkeys(nothing())
     assert summed([]) == {part: nothing() for part in LEDGER_PARTS}
+
+
+def _store(folder: Path, weights: str | None, writing: float, training: float | None) -> Path:
+    folder.mkdir()
+    line = dict.fromkeys(LEDGER_FIELDS, 0.0)
+    ledger = {part: dict(line) for part in LEDGER_PARTS}
+    ledger["teacher_scoring"] = {"flops": writing, "tokens": 7.0, "seconds": 2.0}
+    ledger["teacher_training"] = dict.fromkeys(LEDGER_FIELDS, training)
+    teacher = None if weights is None else {"kind": "local", "weights_sha256": weights}
+    made = RunRecord(
+        command="distill traces", experiment="x", status="completed", seed=0, config={}, metrics={},
+        started_at="2026-01-01T00:00:00Z", wall_s=1.0, ledger=ledger, teacher=teacher,
+    )  # fmt: skip
+    write_record(folder / "run.json", made)
+    return folder
+
+
+def test_stored_traces_cost_their_writing_and_each_of_their_teachers_once(method: SoftTarget, tmp_path: Path) -> None:
+    ledger, live = ledger_of(method, 100.0, is_text=True), method.teacher.identity
+    first, again = _store(tmp_path / "1", "abc", 11.0, 500.0), _store(tmp_path / "2", "abc", 13.0, 500.0)
+    mine, gold = _store(tmp_path / "3", live.sha256, 17.0, 700.0), _store(tmp_path / "4", None, 0.0, 0.0)
+    charged = with_traces(ledger, [first, again, mine, gold, first], [live.sha256])
+    assert charged["teacher_training"]["flops"] == 700 + (11 + 500) + 13 + 17, "the live teacher is trained once"
+    assert {part: line for part, line in charged.items() if part != "teacher_training"} == {
+        part: line for part, line in ledger.items() if part != "teacher_training"
+    }
+    alone = with_traces({part: nothing() for part in LEDGER_PARTS}, [first])
+    assert alone["teacher_training"] == {"flops": 511.0, "tokens": 507.0, "seconds": 502.0}
+
+
+def test_what_a_store_without_a_record_had_cost_is_not_known(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    free = {part: nothing() for part in LEDGER_PARTS}
+    assert with_traces(free, [tmp_path])["teacher_training"] == dict.fromkeys(LEDGER_FIELDS)
+    (tmp_path / "run.json").write_text("{}")
+    assert with_traces(free, [tmp_path])["teacher_training"] == dict.fromkeys(LEDGER_FIELDS)
+    assert [f"{tmp_path} had cost is not known" in line.message for line in caplog.records] == [True, True]
+    unknown = _store(tmp_path / "unknown", "abc", 1.0, None)
+    assert with_traces(free, [unknown])["teacher_training"]["flops"] is None
