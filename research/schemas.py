@@ -76,6 +76,8 @@ class TrainConfig:
     """`distill train`. `name` names the output folder; `ckpt_path` is a file, or `last` for this folder's own.
 
     init_from         run folder (or checkpoint, or Hugging Face folder) whose weights the student begins with
+    teacher_cache     folder in which the teacher's signals for the train split are kept for all runs that name it:
+                      written by the first, see research.sweeps.cache_job; null: the teacher is asked at every step
     teacher_template  how the teacher was taught to be asked; none: like the student
     checkpoint_steps  optimizer steps after which last.ckpt is written too; null: at the end of every epoch alone
     preflight         before a language model learns from a teacher: skip, warn, or refuse what would be warned of too;
@@ -103,6 +105,7 @@ class TrainConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     init_from: str | None = None
     ckpt_path: str | None = None
+    teacher_cache: str | None = None
     checkpoint_steps: int | None = None
     preflight: str = "warn"
     preflight_problems: int = 32

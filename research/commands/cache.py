@@ -15,7 +15,7 @@ GROUPS = ("data", "teacher")
 
 def task(cfg: DictConfig) -> None:
     """Write one cache."""
-    from research.sweeps.jobs import cache_job
+    from research.sweeps.cache_job import cache_job
     from research.teachers.cache import read_manifest
 
     folder = cache_job(cfg, show_progress=True)

@@ -38,7 +38,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "trend": ("factor", "expected", "scale"),
 }
 _GROUPED = ("best_level", "interaction")
-_COMMON = ("kind", "metric", "lower_is_better", "where", "note")
+_COMMON = ("kind", "metric", "lower_is_better", "where", "note", "only_if")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,11 @@ class OperandSpec:
 
 @dataclass(frozen=True)
 class ComparisonSpec:
-    """One declared comparison; ``operands`` pairs each role of ``OPERANDS[kind]`` with its operand."""
+    """One declared comparison; ``operands`` pairs each role of ``OPERANDS[kind]`` with its operand.
+
+    only_if  name of a secondary comparison that must hold for this one to count at all, such as that a baseline learns;
+             "": none
+    """
 
     kind: str
     metric: str
@@ -73,6 +77,7 @@ class ComparisonSpec:
     expected: str = "rises"
     scale: str = "linear"
     note: str = ""
+    only_if: str = ""
 
     def operand(self, role: str) -> OperandSpec:
         return dict(self.operands)[role]
@@ -80,13 +85,14 @@ class ComparisonSpec:
 
 @dataclass(frozen=True)
 class Declared:
-    """The names a comparison may use: arms, requirements, and each factor's level labels."""
+    """The names a comparison may use: arms, requirements, each factor's level labels, and secondary comparisons."""
 
     arms: Collection[str]
     requires: Collection[str]
     factors: Mapping[str, Collection[str]]
     metric: str
     lower_is_better: bool
+    conditions: Collection[str] = ()
 
 
 def parse_comparison(fields: Fields, declared: Declared) -> ComparisonSpec:
@@ -109,7 +115,10 @@ def parse_comparison(fields: Fields, declared: Declared) -> ComparisonSpec:
         expected=fields.choice("expected", ("rises", "falls"), "rises"),
         scale=fields.choice("scale", ("linear", "log2"), "linear"),
         note=fields.text("note", ""),
+        only_if=fields.text("only_if", ""),
     )
+    if spec.only_if:
+        fields.choice("only_if", [name for name in declared.conditions if name != fields.where.rpartition(".")[2]])
     _check(spec, fields, declared)
     return spec
 

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from research.results.collect import ITEMS_FILE, RECORDS_FILE, CommittedRuns, read_committed, results_folder
-from research.results.comparison import Comparison, compare, resampled_operands, verdict_for
+from research.results.comparison import (
+    HOLDS,
+    INCONCLUSIVE,
+    Comparison,
+    compare,
+    resampled_operands,
+    verdict_for,
+)
 from research.results.comparison_spec import ComparisonSpec
 from research.results.curve_figure import curve_files, write_curve_figures
 from research.results.curves import CURVES_FILE
@@ -71,9 +78,11 @@ def _rebuild(study: Study, folder: Path, preset: str | None) -> None:
     arms = summaries(study, panel)
     rows = tidy_rows(study, panel.cells, runs.records, runs.missing, preset)
     primary = compare(study.comparison, panel)
-    verdict, reason = judge(study.comparison, primary)
+    others = {name: compare(spec, panel) for name, spec in study.secondary.items()}
+    held = {name: judge(spec, others[name])[0] == HOLDS for name, spec in study.secondary.items()}
+    verdict, reason = judge(study.comparison, primary, held=held)
+    secondary, lines = _secondary(study, others, held)
     sentence = sentence_for(study.comparison, primary, verdict, reason)
-    secondary, lines = _secondary(study, panel)
     content = {
         "study": study.name,
         "claim": study.claim,
@@ -112,8 +121,17 @@ def _provenance(study: Study, runs: CommittedRuns, preset: str | None) -> dict[s
     }
 
 
-def judge(spec: ComparisonSpec, result: Comparison, p_value: float | None = None) -> tuple[str, str]:
-    """The verdict on a comparison and its reason; ``p_value`` replaces the comparison's own (Holm)."""
+def judge(
+    spec: ComparisonSpec, result: Comparison, p_value: float | None = None, held: Mapping[str, bool] | None = None
+) -> tuple[str, str]:
+    """The verdict on a comparison and its reason.
+
+    p_value  replaces the comparison's own (Holm)
+    held     name of a secondary comparison -> whether it holds by itself: one that must and does not leaves this
+             comparison without a verdict
+    """
+    if spec.only_if and held is not None and not held[spec.only_if]:
+        return INCONCLUSIVE, f"it counts only where {spec.only_if} holds, and that does not"
     return verdict_for(
         spec.kind,
         low=result.low,
@@ -126,13 +144,14 @@ def judge(spec: ComparisonSpec, result: Comparison, p_value: float | None = None
     )
 
 
-def _secondary(study: Study, panel: Panel) -> tuple[dict[str, Any], list[str]]:
+def _secondary(
+    study: Study, results: Mapping[str, Comparison], held: Mapping[str, bool]
+) -> tuple[dict[str, Any], list[str]]:
     """The secondary comparisons for verdict.json, judged by Holm-adjusted p, and a line of text for each."""
-    results = {name: compare(spec, panel) for name, spec in study.secondary.items()}
     adjusted = holm({name: result.p_value for name, result in results.items()})
     entries, lines = {}, []
     for name, spec in study.secondary.items():
-        verdict, reason = judge(spec, results[name], adjusted[name])
+        verdict, reason = judge(spec, results[name], adjusted[name], held)
         reason = reason.replace("p is not", "Holm p is not")
         head = {"verdict": verdict, "reason": reason, "metric": spec.metric, "kind": spec.kind}
         entries[name] = head | comparison_entry(results[name]) | {"p_holm": rounded(adjusted[name])}

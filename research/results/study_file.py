@@ -31,11 +31,11 @@ def read_study(folder: str | Path) -> Study:
         raise fields.error("arms", "a mapping of at least one arm to its overrides")
     requires = _requires(fields)
     metric, lower = _metric(fields, "metric"), fields.boolean("lower_is_better")
-    declared = Declared(arms, requires, factors, metric, lower)
+    secondary = fields.child("secondary")
+    declared = Declared(arms, requires, factors, metric, lower, _names(secondary))
     clash = sorted(set(arms) & set(requires))
     if clash:
         raise StudyError(f"{path}: {clash[0]!r} is both an arm and a requirement; give them different names")
-    secondary = fields.child("secondary")
     study = Study(
         name=fields.text("study"),
         claim=fields.text("claim"),

@@ -25,8 +25,9 @@ from research.results.record import json_ready, read_record
 from research.results.study import Requirement, Study, cells, fill_placeholders, requirements, stages
 from research.results.study_file import read_study
 from research.schemas import check_root
+from research.sweeps.cache_job import cache_cell, cache_is_complete
 from research.sweeps.grammar import quoted
-from research.sweeps.jobs import cache_cell, cache_is_complete, train_cell
+from research.sweeps.jobs import train_cell
 from research.sweeps.progress import StudyProgress
 from research.sweeps.secrets import refuse_secret_overrides
 from research.sweeps.sweep_cell import SweepCell

@@ -13,7 +13,7 @@ from research.config import plain
 from research.models.weights import save_tokenizer
 from research.results.record import RunRecord, collect_versions, git_revision, hardware, write_record
 from research.schemas import check_root
-from research.sweeps.jobs import prepare_process
+from research.sweeps.process import prepare_process
 from research.sweeps.traces_parts import TRAINING, Parts, build_parts, stored_codec
 from research.traces.explorer import write_explorer
 from research.traces.manifest import StoreManifest, read_manifest

@@ -72,6 +72,57 @@ def test_accuracy_against_cost_comes_from_the_ledger(
     assert float(long["cost/flops"]) == own and float(long["val/errors"]) == record.metrics["val/errors"]
 
 
+def test_a_sweep_asks_each_teacher_once_and_every_temperature_learns_what_it_would_have_live(
+    distill: Callable[..., Any], tiny: tuple[str, ...], digits_teacher: Path, tmp_path: Path
+) -> None:
+    """Two teachers x two temperatures: two caches, each written once; the errors are those of live teachers."""
+    other = distill("train", *tiny, "logger=none", "seed=5", "hydra.run.dir=other", cwd=tmp_path)
+    assert other.code == 0, other.err
+    teachers = f"teacher.path='{digits_teacher}','{tmp_path}/other'"
+    soft = ("method=soft_target", "teacher=frozen", teachers, "method.temperature=1,8", "data.holdout=200")
+    grid = ("hydra/sweeper/sampler=grid", "monitor=val/nll", "evaluation.splits=[val]")
+    tables = {}
+    for name, place in (("live", "null"), ("kept", "'${hydra:sweep.dir}/signals'")):
+        done = distill(
+            "train", "-m", *SWEEP, *tiny, *soft, *grid, f"teacher_cache={place}", f"hydra.sweeper.study_name={name}",
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        tables[name] = rows_of(tmp_path / "outputs" / name)
+    live, kept = ([float(row["value"]) for row in tables[name]] for name in ("live", "kept"))
+    assert len(set(kept)) == 4 and kept == pytest.approx(live, rel=1e-6)
+    folders = list((tmp_path / "outputs" / "kept" / "signals").iterdir())
+    assert len(folders) == 2 and all(json.loads((f / "manifest.json").read_text())["rows"] == 1437 for f in folders)
+    first = read_record(tmp_path / "outputs" / "kept" / "0" / "run.json")
+    assert first.teacher is not None and (first.teacher["kind"], first.config["teacher"]["path"]) == (
+        "cached", str(digits_teacher),
+    )  # fmt: skip
+    own = read_record(tmp_path / "outputs" / "live" / "0" / "run.json")
+    assert first.metrics.keys() == own.metrics.keys(), "fidelity is still measured against the teacher itself"
+    marks = {path: path.stat().st_mtime_ns for folder in folders for path in folder.glob("shard-*")}
+    again = distill(
+        "train", *tiny, *soft[:2], f"teacher.path='{digits_teacher}'", "logger=none", "hydra.run.dir=again",
+        f"teacher_cache='{tmp_path}/outputs/kept/signals'", cwd=tmp_path,
+    )  # fmt: skip
+    assert again.code == 0 and {path: path.stat().st_mtime_ns for path in marks} == marks, "found, and not written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["teacher=frozen", "data.shift_pixels=1"], "changed anew in every epoch"),
+        (["teacher=none"], "teacher=frozen or teacher=ensemble"),
+    ],
+)
+def test_signals_that_would_be_wrong_are_not_kept(
+    arguments: list[str], told: str, distill: Callable[..., Any], tiny: tuple[str, ...], digits_teacher: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    path = [f"teacher.path='{digits_teacher}'"] if "teacher=frozen" in arguments else []
+    done = distill("train", *tiny, "method=soft_target", "teacher_cache=kept", *arguments, *path, cwd=tmp_path)
+    assert done.code != 0 and told in done.error and not (tmp_path / "kept").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -364,3 +364,33 @@ def _without_metric(folder: Path) -> None:
     record = json.loads((folder / "run.json").read_text())
     del record["metrics"]["test/errors"]
     (folder / "run.json").write_text(json.dumps(record))
+
+
+# -- a comparison that counts only where another one holds ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("least", "verdict"), [(5.0, "HOLDS"), (40.0, "INCONCLUSIVE")])
+def test_a_comparison_counts_only_where_its_condition_holds(
+    least: float, verdict: str, workshop, study_text: str
+) -> None:
+    """Soft gains about 30 errors over hard: a condition of 5 holds, one of 40 does not."""
+    condition = f"learns: {{kind: difference, baseline: hard, treatment: soft, threshold: {least}}}"
+    text = study_text.replace("treatment: soft}", "treatment: soft, only_if: learns}", 1)
+    text = text.replace("secondary:", f"secondary:\n  {condition}")
+    study = workshop.study(text)
+    workshop.fill(study, {"hard": 60, "soft": 30})
+    collect(study, workshop.runs)
+    build_report(study.path.parent)
+    told = json.loads((study.path.parent / "verdict.json").read_text())
+    assert told["verdict"] == verdict and told["comparison"]["estimate"] == pytest.approx(30.0)
+    readme = (study.path.parent / "README.md").read_text()
+    assert ("it counts only where learns holds, and that does not." in readme) == (verdict == "INCONCLUSIVE")
+
+
+def test_a_condition_must_be_another_secondary_comparison(workshop, study_text: str) -> None:
+    text = study_text.replace("treatment: soft}", "treatment: soft, only_if: gap_close}", 1)
+    with pytest.raises(StudyError, match=r"comparison.only_if is 'gap_close'; .*gap_closed"):
+        workshop.study(text)
+    text = study_text.replace("best: teacher}", "best: teacher, only_if: gap_closed}", 1)
+    with pytest.raises(StudyError, match=r"secondary.gap_closed.only_if is 'gap_closed'"):
+        workshop.study(text)
