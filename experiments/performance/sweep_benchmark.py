@@ -138,7 +138,7 @@ def pruning(is_quick: bool) -> dict[str, Any]:
         for pruner in ("none", "median"):
             with tempfile.TemporaryDirectory() as name:
                 cpu_seconds(["train", "-m", "hydra/sweeper=optuna_study", *RUN, f"trainer.max_epochs={epochs}", SEARCH,
-                             f"hydra/sweeper/pruner={pruner}", "hydra/sweeper/sampler=random",
+                             f"hydra/sweeper/study_pruner={pruner}", "hydra/sweeper/study_sampler=random",
                              f"hydra.sweeper.sampler.seed={seed}", f"hydra.sweeper.n_trials={trials}",
                              f"hydra.sweep.dir={name}"])  # fmt: skip
                 rows[pruner] = rows_of(Path(name))

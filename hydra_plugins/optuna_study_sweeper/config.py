@@ -1,5 +1,8 @@
 """The config groups of the sweeper: itself, its samplers, pruners and storages. Imports no Optuna.
 
+They are named study_sampler, study_pruner and study_storage, since `hydra/sweeper/sampler` belongs to Hydra's own
+Optuna plugin, which may be installed beside this one; in the config they are hydra.sweeper.sampler, pruner, storage.
+
 Every setting of a sampler is written out, so that another version's default changes no search.
 """
 
@@ -236,7 +239,12 @@ class OptunaStudyConf:
     """
 
     defaults: list[Any] = field(
-        default_factory=lambda: ["_self_", {"sampler": "tpe"}, {"pruner": "none"}, {"storage": "journal"}]
+        default_factory=lambda: [
+            "_self_",
+            {"study_sampler": "tpe"},
+            {"study_pruner": "none"},
+            {"study_storage": "journal"},
+        ]
     )
     _target_: str = "hydra_plugins.optuna_study_sweeper.sweeper.OptunaStudySweeper"
     study_name: str | None = None
@@ -295,7 +303,8 @@ def register() -> None:
         for kind in kinds:
             name = str(kind.__dataclass_fields__["name"].default)
             node = asdict(kind()) if kind in CONTROLS else kind  # a plain mapping takes further keys
-            store.store(group=f"hydra/sweeper/{group}", name=name, node=node, provider=provider)
+            place = {"group": f"hydra/sweeper/study_{group}", "package": f"hydra.sweeper.{group}"}
+            store.store(**place, name=name, node=node, provider=provider)
 
 
 register()

@@ -130,7 +130,8 @@ class StorageSpec:
         key = str(self.path)  # names the process that made it
         if key != f"memory of process {os.getpid()}":
             raise ConfigError(
-                "hydra/sweeper/storage=memory lives in one process, and this launcher starts others; choose journal"
+                "hydra/sweeper/study_storage=memory lives in one process, and this launcher starts others; "
+                "choose journal"
             )
         return _IN_MEMORY.setdefault(key, InMemoryStorage())
 
@@ -189,7 +190,7 @@ def storage_spec(node: Mapping[str, Any], sweep_dir: Path) -> StorageSpec:
         return StorageSpec(name, host=given.get("host") or "localhost", port=int(given.get("port") or 13000))
     url = given.get("url")
     if not url:
-        raise ConfigError("hydra/sweeper/storage=rdb needs hydra.sweeper.storage.url, such as sqlite:///sweep.db")
+        raise ConfigError("hydra/sweeper/study_storage=rdb needs hydra.sweeper.storage.url, such as sqlite:///sweep.db")
     parts = urlsplit(str(url))
     in_query = [value for key, value in parse_qsl(parts.query) if is_secret(key)]
     if any(secret and not secret.startswith("$") for secret in (parts.password, *in_query)):
@@ -228,7 +229,7 @@ def _with_whole_path(url: str) -> str:
         return url
     if not mark or file.partition("?")[0] in ("", ":memory:"):
         raise ConfigError(
-            f"{url} is SQLite in memory, which one connection alone sees; give hydra/sweeper/storage=memory"
+            f"{url} is SQLite in memory, which one connection alone sees; give hydra/sweeper/study_storage=memory"
         )
     return f"{head}:///{Path(file).absolute()}"
 

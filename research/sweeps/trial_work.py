@@ -156,7 +156,10 @@ class BatchTask:
         try:
             return self.work.work_on(number, overrides, lambda: self.task(cfg), folder)
         except Exception as error:
-            raise portable(error) from None
+            told = portable(error)
+            if told is error:
+                raise  # with its cause, which a reader of the traceback needs
+            raise told from None
 
 
 @dataclass

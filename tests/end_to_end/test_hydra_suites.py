@@ -24,7 +24,7 @@ def _as_in_a_process_of_its_own() -> Iterator[None]:
     base.version_base = kept
 
 
-GRID = ["hydra/sweeper=optuna_study", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=2"]
+GRID = ["hydra/sweeper=optuna_study", "hydra/sweeper/study_sampler=grid", "hydra.sweeper.n_jobs=2"]
 
 
 def test_hydra_finds_the_plugin() -> None:
@@ -46,7 +46,8 @@ class TestBatches(BatchedSweeperTestSuite):
 
 # in memory: one of these tests sweeps the same folder twice, which is a resume with nothing left to do
 @pytest.mark.parametrize(
-    ("task_launcher_cfg", "extra_flags"), [({}, ["-m", "hydra/launcher=basic", "hydra/sweeper/storage=memory", *GRID])]
+    ("task_launcher_cfg", "extra_flags"),
+    [({}, ["-m", "hydra/launcher=basic", "hydra/sweeper/study_storage=memory", *GRID])],
 )
 class TestIntegration(IntegrationTestSuite):
     """Task names, working folders and paths, in a process of their own."""

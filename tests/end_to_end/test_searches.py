@@ -29,9 +29,9 @@ def test_a_pruned_sweep_of_real_runs_and_its_best_file(
 ) -> None:
     """Runs report every validation; the bad ones are stopped; the best one's file gives the same value again."""
     done = distill(
-        "train", "-m", *SWEEP, *tiny, "optimizer.lr=0.003,0.0000001,0.0000002", "hydra/sweeper/sampler=grid",
-        "hydra/sweeper/pruner=median", "hydra.sweeper.pruner.n_startup_trials=1", "hydra.sweeper.study_name=digits",
-        "evaluation.splits=[val]", cwd=tmp_path,
+        "train", "-m", *SWEEP, *tiny, "optimizer.lr=0.003,0.0000001,0.0000002", "hydra/sweeper/study_sampler=grid",
+        "hydra/sweeper/study_pruner=median", "hydra.sweeper.pruner.n_startup_trials=1",
+        "hydra.sweeper.study_name=digits", "evaluation.splits=[val]", cwd=tmp_path,
     )  # fmt: skip
     assert done.code == 0, done.err
     folder = tmp_path / "outputs" / "digits"
@@ -60,7 +60,7 @@ def test_accuracy_against_cost_comes_from_the_ledger(
     distill: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path
 ) -> None:
     done = distill(
-        "train", "-m", *SWEEP, *tiny[1:], "trainer.max_epochs=1,4", "hydra/sweeper/sampler=grid",
+        "train", "-m", *SWEEP, *tiny[1:], "trainer.max_epochs=1,4", "hydra/sweeper/study_sampler=grid",
         "hydra.sweeper.objectives={val/errors: minimize, cost/flops: minimize}", "hydra.sweeper.study_name=cost",
         "evaluation.splits=[val]", cwd=tmp_path,
     )  # fmt: skip
@@ -80,7 +80,7 @@ def test_a_sweep_asks_each_teacher_once_and_every_temperature_learns_what_it_wou
     assert other.code == 0, other.err
     teachers = f"teacher.path='{digits_teacher}','{tmp_path}/other'"
     soft = ("method=soft_target", "teacher=frozen", teachers, "method.temperature=1,8", "data.holdout=200")
-    grid = ("hydra/sweeper/sampler=grid", "monitor=val/nll", "evaluation.splits=[val]")
+    grid = ("hydra/sweeper/study_sampler=grid", "monitor=val/nll", "evaluation.splits=[val]")
     tables = {}
     for name, place in (("live", "null"), ("kept", "'${hydra:sweep.dir}/signals'")):
         done = distill(
@@ -127,7 +127,7 @@ def test_signals_that_would_be_wrong_are_not_kept(
     ("arguments", "told"),
     [
         (["monitor=test/errors"], "select"),
-        (["hydra/sweeper/pruner=median", "loop=self_taught"], "needs problems"),
+        (["hydra/sweeper/study_pruner=median", "loop=self_taught"], "needs problems"),
         (["hydra.sweeper.params={optimizer.lrr: 'choice(1,2)'}"], "optimizer.lr"),
     ],
 )
@@ -145,7 +145,7 @@ def test_an_interrupted_training_run_goes_on_from_its_checkpoint(tmp_path: Path)
         sys.executable, "-c", "from research.commands.main import main; main()", "train", "-m", *SWEEP,
         "experiment=sum8_trace", "task.num_terms=5", "student.hidden_size=32", "data.num_train=4000", "data.num_val=16",
         "data.num_test=0", "trainer.max_epochs=1", "checkpoint_steps=3", "evaluation.splits=[val]",
-        "evaluation.max_new_tokens=24", "optimizer.lr=0.001,0.002", "hydra/sweeper/sampler=grid",
+        "evaluation.max_new_tokens=24", "optimizer.lr=0.001,0.002", "hydra/sweeper/study_sampler=grid",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet: dict[str, Any] = {
@@ -243,8 +243,8 @@ base: [hydra/sweeper=optuna_study, {", ".join(f'"{one}"' for one in tiny)}, logg
        "hydra.sweeper.params={{optimizer.lr: 'tag(log,interval(1e-4,1e-1))'}}", hydra.sweeper.n_trials=3,
        "hydra.sweeper.sampler.seed={{seed}}", threads=1]
 arms:
-  tpe: [hydra/sweeper/sampler=tpe, hydra.sweeper.sampler.n_startup_trials=1]
-  random: [hydra/sweeper/sampler=random]
+  tpe: [hydra/sweeper/study_sampler=tpe, hydra.sweeper.sampler.n_startup_trials=1]
+  random: [hydra/sweeper/study_sampler=random]
 seeds: [0, 1]
 metric: search/best
 lower_is_better: true

@@ -180,7 +180,7 @@ def test_the_same_command_goes_on_to_more_trials(sweep: Callable[..., Sweep]) ->
 
 def test_every_end_of_a_trial_is_told_with_its_reason(sweep: Callable[..., Sweep]) -> None:
     search = sweep(
-        "fail=none,raise,infinite,arity", "hydra/sweeper/sampler=grid", "hydra.sweeper.max_failure_rate=null"
+        "fail=none,raise,infinite,arity", "hydra/sweeper/study_sampler=grid", "hydra.sweeper.max_failure_rate=null"
     )
     search.run()
     rows = {row["param:fail"]: row for row in search.rows()}
@@ -202,7 +202,7 @@ def test_too_many_failures_end_the_sweep(sweep: Callable[..., Sweep]) -> None:
 def test_a_run_that_takes_its_worker_with_it_fails_in_the_end(sweep: Callable[..., Sweep]) -> None:
     """A segmentation fault in a trial: begun again, then given up; the others are not lost."""
     search = sweep(
-        "fail=none,die", "x=1,2", "hydra/sweeper/sampler=grid", "hydra.sweeper.max_attempts=2",
+        "fail=none,die", "x=1,2", "hydra/sweeper/study_sampler=grid", "hydra.sweeper.max_attempts=2",
         "hydra.sweeper.max_failure_rate=null", *JOBLIB,
     )  # fmt: skip
     out = search.run()
@@ -214,7 +214,7 @@ def test_a_run_that_takes_its_worker_with_it_fails_in_the_end(sweep: Callable[..
 
 
 def test_a_grid_is_tried_once_in_order(sweep: Callable[..., Sweep]) -> None:
-    search = sweep("kind=a,b,'c,d'", "x=range(1,3)", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=50")
+    search = sweep("kind=a,b,'c,d'", "x=range(1,3)", "hydra/sweeper/study_sampler=grid", "hydra.sweeper.n_trials=50")
     search.run()
     points = [(row["param:kind"], row["param:x"]) for row in search.rows()]
     assert points == [("a", "1"), ("a", "2"), ("b", "1"), ("b", "2"), ("c,d", "1"), ("c,d", "2")]
@@ -223,7 +223,7 @@ def test_a_grid_is_tried_once_in_order(sweep: Callable[..., Sweep]) -> None:
 
 
 def test_odd_values_reach_the_task_as_they_are(sweep: Callable[..., Sweep]) -> None:
-    search = sweep("hydra/sweeper/sampler=grid", "kind='c,d','e=f',null,[3,\"x y\"],{k: [1]},'null','it\\'s'")
+    search = sweep("hydra/sweeper/study_sampler=grid", "kind='c,d','e=f',null,[3,\"x y\"],{k: [1]},'null','it\\'s'")
     search.run()
     rows = search.rows()
     assert [row["state"] for row in rows] == ["complete"] * 7
@@ -234,7 +234,7 @@ def test_odd_values_reach_the_task_as_they_are(sweep: Callable[..., Sweep]) -> N
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_trial_is_the_mean_over_its_seeds(alone: bool, sweep: Callable[..., Sweep]) -> None:
     search = sweep(
-        "x=1,2", "hydra/sweeper/sampler=grid", "hydra.sweeper.seeds=[0,3,6]", f"hydra.sweeper.subprocess={alone}",
+        "x=1,2", "hydra/sweeper/study_sampler=grid", "hydra.sweeper.seeds=[0,3,6]", f"hydra.sweeper.subprocess={alone}",
     )  # fmt: skip
     search.run()
     first, second = search.rows()
@@ -258,7 +258,7 @@ def test_every_rank_of_a_trial_has_the_trials_own_values(sweep: Callable[..., Sw
 
 def test_two_objectives_give_the_trials_that_none_beats(sweep: Callable[..., Sweep]) -> None:
     search = sweep(
-        "x=range(0,5)", "mapping=true", "hydra/sweeper/sampler=grid",
+        "x=range(0,5)", "mapping=true", "hydra/sweeper/study_sampler=grid",
         "hydra.sweeper.objectives={val/loss: minimize, cost/seconds: minimize}",
         "hydra.sweeper.constraints={cost/seconds: 6.5}",
     )  # fmt: skip
@@ -272,7 +272,7 @@ def test_two_objectives_give_the_trials_that_none_beats(sweep: Callable[..., Swe
 
 
 def test_limits_end_a_sweep_early(sweep: Callable[..., Sweep]) -> None:
-    search = sweep("x=range(0,9)", "hydra/sweeper/sampler=grid")
+    search = sweep("x=range(0,9)", "hydra/sweeper/study_sampler=grid")
     search.run("hydra.sweeper.target=1")
     assert [row["state"] for row in search.rows()][:3] == ["complete", "complete", "waiting"]
     search.run("hydra.sweeper.patience=2")
@@ -319,19 +319,22 @@ def test_a_point_that_is_partly_given_is_tried_once(sweep: Callable[..., Sweep])
         (["hydra.sweeper.params={y: 'choice(1,2)'}"], "y"),
         (["hydra.sweeper.params={nested.valu: 'choice(1,2)'}"], "nearest valid: nested.value"),
         (["x=1", "hydra.sweeper.params={x: 'choice(1,2)'}"], "fixes what is searched"),
-        (["x=interval(0,1)", "hydra/sweeper/sampler=grid"], "no end of values"),
+        (["x=interval(0,1)", "hydra/sweeper/study_sampler=grid"], "no end of values"),
         (["x=1,2", "hydra.sweeper.objectives={test/loss: minimize}"], "test split"),
-        (["x=1,2", "hydra/sweeper/pruner=median", "hydra.sweeper.direction=[minimize,maximize]"], "one value"),
-        (["x=1,2", "hydra/sweeper/pruner=wilcoxon"], "seed by seed"),
+        (["x=1,2", "hydra/sweeper/study_pruner=median", "hydra.sweeper.direction=[minimize,maximize]"], "one value"),
+        (["x=1,2", "hydra/sweeper/study_pruner=wilcoxon"], "seed by seed"),
         (["x=1,2", "hydra.sweeper.direction=minimise"], "nearest valid: minimize"),
-        (["x=1,2", "hydra/sweeper/storage=rdb", "hydra.sweeper.storage.url='sqlite:////no/s.db'"], "cannot be used"),
+        (
+            ["x=1,2", "hydra/sweeper/study_storage=rdb", "hydra.sweeper.storage.url='sqlite:////no/s.db'"],
+            "cannot be used",
+        ),
         (["x=1,2", "hydra.sweeper.n_trials=0"], "at least 1"),
         (["x=1,2", "hydra.sweeper.mode=worker"], "batch, workers"),
         (["x=1,2", "hydra.sweeper.prune_on=test/errors"], "validation"),
         (["x=1,2", "hydra.sweeper.patience=0"], "patience is 0"),
         (["x=1,2", "seed=1,2", "hydra.sweeper.seeds=[1,2]"], "seed is searched"),
-        (["x=1,2", "hydra/sweeper/sampler=cmaes", "hydra.sweeper.direction=[minimize,minimize]"], "one value"),
-        (["x=1,2", "hydra/sweeper/sampler=brute_force", "hydra.sweeper.fixed={x: 1}"], "give sampler grid"),
+        (["x=1,2", "hydra/sweeper/study_sampler=cmaes", "hydra.sweeper.direction=[minimize,minimize]"], "one value"),
+        (["x=1,2", "hydra/sweeper/study_sampler=brute_force", "hydra.sweeper.fixed={x: 1}"], "give sampler grid"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_a_trial_is_made(
@@ -369,7 +372,7 @@ def test_a_second_controller_is_refused_and_workers_join(sweep: Callable[..., Sw
 
 
 def test_a_refused_command_leaves_the_report_as_it_was(sweep: Callable[..., Sweep]) -> None:
-    search = sweep("x=range(0,4)", "hydra/sweeper/sampler=grid")
+    search = sweep("x=range(0,4)", "hydra/sweeper/study_sampler=grid")
     search.run()
     before = {path.name: path.read_bytes() for path in search.folder.glob("*.*") if "journal" not in path.name}
     out = search.run("hydra.sweeper.direction=maximize")
@@ -380,7 +383,7 @@ def test_a_refused_command_leaves_the_report_as_it_was(sweep: Callable[..., Swee
 
 
 def test_a_lowered_target_ends_the_sweep_there(sweep: Callable[..., Sweep]) -> None:
-    search = sweep("x=range(0,6)", "kind=a,b", "hydra/sweeper/sampler=grid", "hydra.sweeper.fixed={kind: b}")
+    search = sweep("x=range(0,6)", "kind=a,b", "hydra/sweeper/study_sampler=grid", "hydra.sweeper.fixed={kind: b}")
     search.run("hydra.sweeper.target=2")
     assert [row["state"] for row in search.rows()] == ["complete"] * 2 + ["waiting"] * 4
     search.run("hydra.sweeper.n_trials=3")
@@ -415,7 +418,7 @@ def test_any_application_with_any_ends(more: tuple[str, ...], tmp_path: Path) ->
     search = Sweep(tmp_path)
     command = [
         sys.executable, "app.py", "-m", "-cn", "other", "hydra/sweeper=optuna_study", "hydra.sweep.dir=sweep",
-        "kind=exit,bytes,a,b", "hydra/sweeper/sampler=grid", "hydra.job.chdir=true", "hydra.sweeper.seeds=[1,2]",
+        "kind=exit,bytes,a,b", "hydra/sweeper/study_sampler=grid", "hydra.job.chdir=true", "hydra.sweeper.seeds=[1,2]",
         "hydra.sweeper.seed_key=+seed", "hydra.sweeper.objectives={loss: minimize}",
         "hydra.sweeper.constraints={cost: 3}", *more,
     ]  # fmt: skip
@@ -430,7 +433,7 @@ def test_any_application_with_any_ends(more: tuple[str, ...], tmp_path: Path) ->
 
 
 def test_a_template_of_folders_gives_every_trial_its_own(sweep: Callable[..., Sweep]) -> None:
-    search = sweep("x=1,2", "hydra/sweeper/sampler=random", "hydra.sweep.subdir=x_${x}", "hydra.sweeper.n_jobs=2")
+    search = sweep("x=1,2", "hydra/sweeper/study_sampler=random", "hydra.sweep.subdir=x_${x}", "hydra.sweeper.n_jobs=2")
     search.run("hydra.sweeper.n_trials=3")
     search.run("hydra.sweeper.n_trials=5")
     folders = [Path(row["folder"]) for row in search.rows()]

@@ -89,7 +89,7 @@ def test_four_commands_share_one_postgresql(tmp_path: Path) -> None:
     count = 16
     with postgres() as url:
         shared = (
-            "x=interval(-5,5)", "kind=a,b", "sleep=0.3", "hydra/sweeper/storage=rdb",
+            "x=interval(-5,5)", "kind=a,b", "sleep=0.3", "hydra/sweeper/study_storage=rdb",
             f"hydra.sweeper.storage.url='{url}'", "hydra.sweeper.study_name=shared",
             f"hydra.sweeper.n_trials={count}", "hydra.sweeper.mode=workers",
         )  # fmt: skip
@@ -117,7 +117,7 @@ def test_a_grpc_proxy_serves_workers(tmp_path: Path) -> None:
     try:
         await_port(port)
         command = start(
-            tmp_path, "x=interval(-5,5)", "hydra/sweeper/storage=grpc", "hydra.sweeper.storage.host=127.0.0.1",
+            tmp_path, "x=interval(-5,5)", "hydra/sweeper/study_storage=grpc", "hydra.sweeper.storage.host=127.0.0.1",
             f"hydra.sweeper.storage.port={port}", "hydra.sweeper.n_trials=6", "hydra.sweeper.mode=workers",
             "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path}/sweep",
         )  # fmt: skip

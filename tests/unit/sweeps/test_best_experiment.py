@@ -87,8 +87,10 @@ def test_every_search_file_parses_and_every_kind_of_trial_composes(name: str, co
 
 def test_the_groups_of_the_plugin_are_known() -> None:
     repo = ConfigStore.instance().repo["hydra"]["sweeper"]
-    assert set(repo["sampler"]) >= {
+    assert set(repo["study_sampler"]) >= {
         f"{name}.yaml" for name in ("tpe", "random", "gp", "cmaes", "qmc", "grid", "nsgaii")
     }
-    assert set(repo["pruner"]) >= {f"{name}.yaml" for name in ("none", "median", "hyperband", "wilcoxon")}
-    assert set(repo["storage"]) == {"journal.yaml", "rdb.yaml", "grpc.yaml", "memory.yaml"}
+    assert set(repo["study_pruner"]) >= {f"{name}.yaml" for name in ("none", "median", "hyperband", "wilcoxon")}
+    theirs = {"sampler", "pruner", "storage"}
+    assert not theirs & set(repo), "those may belong to Hydra's own plugin, which is installed beside this one"
+    assert set(repo["study_storage"]) == {"journal.yaml", "rdb.yaml", "grpc.yaml", "memory.yaml"}
