@@ -1,6 +1,7 @@
 """From run directories to the two files a study commits: ``records.jsonl`` and ``items.parquet``."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from research.results.items import pack_items, read_items, write_study_items
 from research.results.record import RunRecord, json_ready, read_record, write_atomic
 from research.results.study import Cell, Study, cells, requirements
 
+log = logging.getLogger(__name__)
+REQUIREMENTS = "requires"
 RECORDS_FILE, ITEMS_FILE = "records.jsonl", "items.parquet"
 NOT_RUN = "not run"
 EXPOSURE = "exposure/test"  # the artifact of runs with evaluation.exposure=true
@@ -92,7 +95,7 @@ def collect(
     if study.curves:
         results_folder(study, preset).mkdir(parents=True, exist_ok=True)
         write_study_curves(results_folder(study, preset) / CURVES_FILE, study, curves)
-    _write(results_folder(study, preset), lines, split, items)
+    _write(results_folder(study, preset), lines, split, _comparable(study, items))
     write_study_exposure(results_folder(study, preset) / EXPOSURE_FILE, study, exposures)
     return Collected(tuple(completed), missing)
 
@@ -113,6 +116,23 @@ def _known(runs_dir: Path, places: list[tuple[Cell, Path]]) -> dict[str, str]:
     pairs = [(runs_dir, "{runs}")]
     pairs += [(folder, f"{{requires.{cell.arm}}}") for cell, folder in places if cell.seed < 0]
     return {str(path): name for folder, name in pairs for path in (folder.absolute(), folder.resolve())}
+
+
+def _comparable(study: Study, items: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Mapping[str, np.ndarray]]:
+    """The items of all runs, but for requirements that no comparison names and that were scored on other ones."""
+    operands = [operand for spec in (study.comparison, *study.secondary.values()) for _, operand in spec.operands]
+    named = {f"{REQUIREMENTS}/{operand.requirement}" for operand in operands if operand.requirement}
+    of_arms = next((columns["index"] for key, columns in items.items() if not key.startswith(f"{REQUIREMENTS}/")), None)
+    kept: dict[str, Mapping[str, np.ndarray]] = {}
+    for key, columns in items.items():
+        is_free = key.startswith(f"{REQUIREMENTS}/") and key not in named and of_arms is not None
+        if is_free and set(columns["index"].tolist()) != set(np.asarray(of_arms).tolist()):
+            log.warning(
+                "%s was scored on other items than the arms and is in no comparison: its items are left out", key
+            )
+        else:
+            kept[key] = columns
+    return kept
 
 
 def _write(folder: Path, lines: list[str], split: str, items: Mapping[str, Mapping[str, np.ndarray]]) -> None:

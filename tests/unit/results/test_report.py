@@ -394,3 +394,24 @@ def test_a_condition_must_be_another_secondary_comparison(workshop, study_text: 
     text = study_text.replace("best: teacher}", "best: teacher, only_if: gap_closed}", 1)
     with pytest.raises(StudyError, match=r"secondary.gap_closed.only_if is 'gap_closed'"):
         workshop.study(text)
+
+
+# -- a requirement scored on other items ------------------------------------------------------------------------------
+
+
+def test_a_requirement_on_other_items_counts_where_it_is_compared_and_nowhere_else(
+    workshop, study_text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    compared = workshop.study(study_text)
+    workshop.fill(compared, {"hard": 60, "soft": 30})
+    workshop.num_items = 200
+    workshop.run("requires/teacher", 0, 4)
+    with pytest.raises((StudyError, ValueError), match="same items"):
+        collect(compared, workshop.runs)
+    alone = workshop.study(study_text[: study_text.index("secondary:")] + study_text[study_text.index("published:") :])
+    collect(alone, workshop.runs)
+    items = read_study_items(alone.path.parent / ITEMS_FILE)
+    assert "requires/teacher" not in items.predictions and len(items.index_I) == 300
+    assert [line.message for line in caplog.records if "requires/teacher was scored on other items" in line.message]
+    build_report(alone.path.parent)
+    assert json.loads((alone.path.parent / "verdict.json").read_text())["verdict"] == "HOLDS"
