@@ -14,7 +14,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from research.config import build_data, build_teacher, plain
+from research.config import build_data, build_teacher, expect_kind, plain
 from research.data.base import AbstractClassData
 from research.data.traces import TraceData
 from research.errors import ConfigError
@@ -106,8 +106,7 @@ def _written(cfg: DictConfig, place: Path) -> Path:
             f"teacher_cache holds one signal a row, and the train rows are changed anew in every epoch "
             f"({data.transform_name}); leave one of them out"
         )
-    teacher = build_teacher(cfg, "teacher", data.facts())
-    assert teacher is not None  # its target is one of CACHEABLE
+    teacher = expect_kind(build_teacher(cfg, "teacher", data.facts()), "teacher", AbstractTeacher)
     fingerprint = _fingerprint(teacher, data, "train", top_k=None, dtype="float32")
     mark = hashlib.sha256(json.dumps(asdict(fingerprint), sort_keys=True).encode()).hexdigest()
     folder = place / mark[:16]
