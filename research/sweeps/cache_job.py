@@ -81,8 +81,9 @@ def with_cached_signals(cfg: DictConfig) -> DictConfig:
     place = Path(cfg.teacher_cache).absolute()
     whole = copy.deepcopy(cfg)
     with open_dict(whole):
-        whole.data.holdout = 0  # signals of every row; which of them are held out is each run's own affair
-    asked = json.dumps([str(place), node, plain(whole.data)], sort_keys=True, default=str)
+        if "holdout" in whole.data:
+            whole.data.holdout = 0  # signals of every row; which of them are held out is each run's own affair
+    asked = json.dumps([str(place), node, _files_of(node), plain(whole.data)], sort_keys=True, default=str)
     folder = _WRITTEN.get(asked)
     if folder is None or not (folder / MANIFEST_FILE).exists():
         folder = _WRITTEN[asked] = _written(whole, place)
@@ -93,6 +94,15 @@ def with_cached_signals(cfg: DictConfig) -> DictConfig:
             found.reference = node
         found.teacher = {"_target_": CACHED, "path": str(folder), "teacher_sha256": None}
     return found
+
+
+def _files_of(node: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """Name, size in bytes and time of change of each file of the teachers: other values are other weights."""
+    paths = [Path(path) for path in [node.get("path"), *(node.get("paths") or [])] if path]
+    files = [
+        file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()
+    ]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _written(cfg: DictConfig, place: Path) -> Path:

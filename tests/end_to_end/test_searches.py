@@ -107,11 +107,29 @@ def test_a_sweep_asks_each_teacher_once_and_every_temperature_learns_what_it_wou
     assert again.code == 0 and {path: path.stat().st_mtime_ns for path in marks} == marks, "found, and not written"
 
 
+def test_a_teacher_trained_anew_in_its_place_is_asked_anew(
+    distill: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The path is the same, the process too, the weights are not."""
+    kept = []
+    for seed in (1, 2):
+        distill("train", *tiny, "logger=none", f"seed={seed}", "hydra.run.dir=teacher", cwd=tmp_path)
+        soft = ("method=soft_target", "teacher=frozen", f"teacher.path='{tmp_path}/teacher'", "teacher_cache=kept")
+        done = distill("train", *tiny, "logger=none", *soft, f"hydra.run.dir=student_{seed}", cwd=tmp_path)
+        assert done.code == 0, done.err
+        record = read_record(tmp_path / f"student_{seed}" / "run.json")
+        assert record.teacher is not None
+        assert record.teacher["sha256"] == read_record(tmp_path / "teacher" / "run.json").student["sha256"]
+        kept.append(record.teacher["sha256"])
+    assert len(set(kept)) == 2 == len(list((tmp_path / "kept").iterdir()))
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["teacher=frozen", "data.shift_pixels=1"], "changed anew in every epoch"),
         (["teacher=none"], "teacher=frozen or teacher=ensemble"),
+        (["experiment=sum3_sft", "teacher=frozen"], "these data are text"),
     ],
 )
 def test_signals_that_would_be_wrong_are_not_kept(
@@ -119,7 +137,8 @@ def test_signals_that_would_be_wrong_are_not_kept(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     path = [f"teacher.path='{digits_teacher}'"] if "teacher=frozen" in arguments else []
-    done = distill("train", *tiny, "method=soft_target", "teacher_cache=kept", *arguments, *path, cwd=tmp_path)
+    method = () if "experiment=sum3_sft" in arguments else (*tiny, "method=soft_target")
+    done = distill("train", *method, "teacher_cache=kept", *arguments, *path, cwd=tmp_path)
     assert done.code != 0 and told in done.error and not (tmp_path / "kept").exists()
 
 
