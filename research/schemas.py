@@ -98,6 +98,7 @@ class TrainConfig:
     optimizer: Any = MISSING
     scheduler: Any = MISSING
     loop: Any = MISSING
+    early_stopping: Any = MISSING
     trainer: Any = MISSING
     logger: Any = MISSING
     paths: PathsConfig = field(default_factory=PathsConfig)

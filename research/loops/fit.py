@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -131,6 +131,11 @@ class KeepLast(ModelCheckpoint):
             super().on_exception(trainer, pl_module, exception)
 
 
+def better_of(metric: str) -> Literal["max", "min"]:
+    """Which values of a validation metric are the better ones: the highest of an accuracy, the lowest of all others."""
+    return "max" if metric.endswith("accuracy") else "min"
+
+
 def checkpoint_callbacks(folder: Path, monitor: str, has_val: bool, every_n_steps: int | None = None) -> list[Callback]:
     """`last.ckpt` always; `best.ckpt`, lowest `monitor` (an accuracy: highest), where there is a validation split.
 
@@ -142,7 +147,7 @@ def checkpoint_callbacks(folder: Path, monitor: str, has_val: bool, every_n_step
             dirpath=folder,
             filename="best",
             monitor=monitor,
-            mode="max" if monitor.endswith("accuracy") else "min",
+            mode=better_of(monitor),
             save_top_k=1,
             save_on_train_epoch_end=False,  # after a validation: a run may end in an epoch that none has judged
             auto_insert_metric_name=False,

@@ -18,6 +18,7 @@ from research.data.traces import TraceData
 from research.errors import ConfigError, Preempted
 from research.loops.budget_stop import BudgetStop
 from research.loops.curves import CurveWriter
+from research.loops.early_stop import EarlyStop
 from research.loops.fit import (
     BEST,
     CHECKPOINTS,
@@ -30,7 +31,7 @@ from research.loops.fit import (
 )
 from research.loops.ledger import Ledger, ledger_of, with_traces
 from research.loops.scoring import DataModule, Scores, score_classes, score_exposure, score_text
-from research.loops.validation_answers import ANSWER_METRICS, ValidationAnswers
+from research.loops.validation_answers import ANSWER_METRICS, SAMPLED_METRIC, ValidationAnswers
 from research.methods.base import AbstractMethod
 from research.models.weights import count_parameters, save_network, save_tokenizer, weights_sha256, write_model_card
 from research.results.curves import CURVE_FILE
@@ -65,6 +66,7 @@ class TrainingRun:
     config      resolved plain config, for the record; `experiment`, `command`, `overrides` likewise
     reference   the network that fidelity is measured against; None: the method's own teacher where it is live
     variants    name -> a datamodule whose test split is scored under `test_<name>`
+    early_stop  what ends the fit by a metric of validation
     loop        what runs several fits where one would be; None: one call of Lightning's fit
     """
 
@@ -78,6 +80,7 @@ class TrainingRun:
     command: str
     overrides: list[str]
     loop: FitLoop | None = None
+    early_stop: EarlyStop | None = None
 
     def __post_init__(self) -> None:
         self.started_at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
@@ -102,19 +105,28 @@ class TrainingRun:
             raise ConfigError(
                 "evaluation.weights=best selects on a validation split; there is none (data.holdout=0 or num_val=0)"
             )
+        if self.early_stop is not None and not (has_val and self.early_stop.monitor in known):
+            raise ConfigError(
+                f"early_stopping.monitor is {self.early_stop.monitor!r}; "
+                + (f"on the validation split this method measures {', '.join(known)}" if has_val else
+                   "there is no validation split (data.holdout=0 or num_val=0)")
+            )  # fmt: skip
         every = self.config.get("checkpoint_steps")
         saved = checkpoint_callbacks(self.run_dir / CHECKPOINTS, monitor, has_val, every)
         budget = self.method.budget
         self._budget_stop = None if budget is None else BudgetStop(budget)
-        stop = [] if self._budget_stop is None else [self._budget_stop]
+        stop: list[Callback] = [one for one in (self._budget_stop, self.early_stop) if one is not None]
         curve = CurveWriter(self.run_dir)
         return [*stop, *self._validation_answers(has_val), curve, *saved, interrupt]
 
     def _measured(self) -> tuple[str, ...]:
         """What is measured on the validation split; of answers only where problems are answered there."""
-        known = self.method.validation_metrics
-        answers_none = isinstance(self.data, TraceData) and not self.config["evaluation"]["val_problems"]
-        return tuple(name for name in known if not (answers_none and name in ANSWER_METRICS))
+        known, options = self.method.validation_metrics, self.config["evaluation"]
+        if not isinstance(self.data, TraceData):
+            return known
+        if not options["val_problems"]:
+            return tuple(name for name in known if name not in ANSWER_METRICS)
+        return (*known, SAMPLED_METRIC) if options["val_samples"] else known
 
     def _validation_answers(self, has_val: bool) -> list[Callback]:
         """What answers validation problems while the student is trained, where the config asks for it."""
@@ -186,7 +198,10 @@ class TrainingRun:
         metrics |= {} if self.loop is None else self.loop.metrics
         if self._budget_stop is not None:
             metrics |= self._budget_stop.metrics
-            outcome = replace(outcome, reason=self._budget_stop.reason)
+        ends = [
+            one.reason for one in (self._budget_stop, self.early_stop) if one is not None and one.reason is not None
+        ]
+        outcome = replace(outcome, reason=ends[0]) if ends else outcome
         record = self._write(outcome, metrics, artifacts, student_sha256)
         if isinstance(self.data, TraceData):
             write_model_card(folder, asdict(record))

@@ -15,6 +15,7 @@ from research.seeding import seed_for
 from research.tasks.grading import Grader
 
 ANSWER_METRICS = ("val/accuracy", "val/errors")
+SAMPLED_METRIC = "val/sampled_accuracy"  # where answers are sampled
 
 
 class ValidationAnswers(Callback):
@@ -41,7 +42,7 @@ class ValidationAnswers(Callback):
         self._samplings = {"val/accuracy": Sampling(max_new_tokens=max_new_tokens)}
         if num_samples:
             drawn = Sampling(num_samples, 1.0, 1.0, max_new_tokens, seed_for(seed, "validation_answers"))
-            self._samplings["val/sampled_accuracy"] = drawn
+            self._samplings[SAMPLED_METRIC] = drawn
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         problems = self._data.problems("val")[: self._num_problems]

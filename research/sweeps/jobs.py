@@ -22,6 +22,7 @@ from research.config import (
 )
 from research.data.traces import TraceData
 from research.errors import ConfigError, Preempted, Pruned
+from research.loops.early_stop import EarlyStop
 from research.loops.fit import ReportProgress, StopOnInterrupt, profiler_into
 from research.loops.pruning_stop import PruningStop
 from research.loops.self_taught_plan import SelfTaughtPlan
@@ -64,6 +65,8 @@ def train_into(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> RunRecor
             overrides=overrides,
         )
         run.loop = _loop(cfg, parts, run_dir, overrides)
+        if plain(cfg.early_stopping).get("_target_"):
+            run.early_stop = expect_kind(make(cfg.early_stopping, "early_stopping"), "early_stopping", EarlyStop)
         interrupt = StopOnInterrupt()
         fast = bool(cfg.trainer.fast_dev_run)
         late: dict[str, Any] = {
@@ -102,6 +105,8 @@ def _loop(cfg: DictConfig, parts: Parts, run_dir: Path, overrides: list[str]) ->
         return None
     if parts.method.budget is not None:
         raise ConfigError("budget ends one fit, and this loop runs several; give the loop its steps, or loop=none")
+    if plain(cfg.early_stopping).get("_target_"):
+        raise ConfigError("early_stopping ends one fit, and this loop runs several; give loop=none, or a phase its own")
     from research.sweeps.self_taught_job import SelfTaughtLoop
     from research.sweeps.strong_to_weak_job import StrongToWeakLoop
 

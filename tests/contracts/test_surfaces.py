@@ -20,7 +20,7 @@ ROOT_KEYS = {
         "name", "seed", "data", "task", "template", "student", "teacher", "reference", "signal_transform", "method",
         "optimizer", "scheduler", "loop", "trainer", "logger", "paths", "evaluation", "ckpt_path", "monitor", "compile",
         "threads", "keep_checkpoints", "tags", "budget", "checkpoint_steps", "init_from", "teacher_template",
-        "preflight", "preflight_problems", "teacher_cache",
+        "preflight", "preflight_problems", "teacher_cache", "early_stopping",
     },
     "cache": {
         "name", "seed", "data", "teacher", "paths", "cache_dir", "split", "top_k", "dtype", "shard_rows", "threads",
