@@ -1,6 +1,7 @@
 """What all tests share: one thread, real data where it is at hand, and the console command in this process."""
 
 import contextlib
+import gc
 import importlib.util
 import io
 import logging
@@ -19,6 +20,12 @@ from research.commands.main import main
 
 REPOSITORY = Path(__file__).parents[1]
 DATA_VARIABLE = "RESEARCH_DATA_DIR"
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of collected tests stay to the end: without this every full collection of garbage walks over them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

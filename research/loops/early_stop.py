@@ -38,7 +38,13 @@ class EarlyStop(EarlyStopping):
             raise ConfigError(f"early_stopping.patience is {patience}; expected at least 1 validation, or null")
         if min_delta < 0:
             raise ConfigError(f"early_stopping.min_delta is {min_delta}; expected 0 or more")
-        self.settings = {"monitor": monitor, "patience": patience, "min_delta": min_delta, "threshold": threshold}
+        self._threshold = threshold
+        self.settings: dict[str, Any] = {
+            "monitor": monitor,
+            "patience": patience,
+            "min_delta": min_delta,
+            "threshold": threshold,
+        }
         mode = better_of(monitor)
         worse = -torch.inf if mode == "max" else torch.inf  # Lightning's own threshold is not itself enough
         enough = None if threshold is None else torch.nextafter(torch.tensor(threshold), torch.tensor(worse)).item()
@@ -62,9 +68,9 @@ class EarlyStop(EarlyStopping):
     def _run_early_stopping_check(self, trainer: L.Trainer) -> None:
         had_stopped = trainer.should_stop
         super()._run_early_stopping_check(trainer)
-        if not trainer.should_stop or had_stopped or trainer.fast_dev_run:
+        if not trainer.should_stop or had_stopped:
             return
-        value, limit = float(trainer.callback_metrics[self.monitor]), self.settings["threshold"]
+        value, limit = float(trainer.callback_metrics[self.monitor]), self._threshold
         told = f"{self.monitor} is {value:g} after step {trainer.global_step}"
         if limit is not None and not (value < limit if self.mode == "max" else value > limit):
             self.reason = f"early_stopping.threshold is {limit:g}, and {told}"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from research.results.record import RunRecord, read_record
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 PROGRAM = "from research.commands.main import main; main()"
 STEPS, EVERY = 36, 3
 # dropout, packing, grouping and accumulation; one epoch, so that only checkpoints within it can be gone on from
@@ -50,7 +50,7 @@ def killed_run(folder: Path, *flags: str) -> int:
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param((f"trainer.max_steps={STEPS}",), marks=pytest.mark.slow, id="steps"),
+        pytest.param((f"trainer.max_steps={STEPS}",), id="steps"),
         pytest.param(("budget.tokens=30000", "trainer.max_epochs=-1"), id="budget"),
     ],
 )

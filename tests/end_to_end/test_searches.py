@@ -162,7 +162,7 @@ def test_an_interrupted_training_run_goes_on_from_its_checkpoint(tmp_path: Path)
     """kill -9 of the whole sweep in the middle of a run: the trial ends with the loss of one never killed."""
     command = [
         sys.executable, "-c", "from research.commands.main import main; main()", "train", "-m", *SWEEP,
-        "experiment=sum8_trace", "task.num_terms=5", "student.hidden_size=32", "data.num_train=4000", "data.num_val=16",
+        "experiment=sum8_trace", "task.num_terms=5", "student.hidden_size=32", "data.num_train=1600", "data.num_val=16",
         "data.num_test=0", "trainer.max_epochs=1", "checkpoint_steps=3", "evaluation.splits=[val]",
         "evaluation.max_new_tokens=24", "optimizer.lr=0.001,0.002", "hydra/sweeper/study_sampler=grid",
     ]  # fmt: skip
@@ -189,6 +189,7 @@ def test_an_interrupted_training_run_goes_on_from_its_checkpoint(tmp_path: Path)
     assert losses[0] == losses[1], "and with the same weights"
 
 
+@pytest.mark.slow
 def test_temperature_and_weights_runs(
     distill: Callable[..., Any], require_data: Callable[..., Path], repository: Path, tmp_path: Path
 ) -> None:
@@ -216,6 +217,7 @@ def test_chain_ablation_runs(distill: Callable[..., Any], tmp_path: Path) -> Non
         assert bool(row["param:data.prompt_loss_weight"]) == has_chain, "a weight only where there is a chain"
 
 
+@pytest.mark.slow
 def test_divergence_and_share_runs(distill: Callable[..., Any], tmp_path: Path) -> None:
     small = ("data.num_train=64", "data.num_val=4", "data.num_test=0", "student.hidden_size=16", "student.num_layers=1")
     for name in ("base", "teacher"):
@@ -247,6 +249,7 @@ def test_divergence_and_share_runs(distill: Callable[..., Any], tmp_path: Path) 
     assert solutions and len(list(folder.glob("pareto_*.yaml"))) == len(solutions)
 
 
+@pytest.mark.slow
 def test_a_study_of_sweeps_records_what_each_search_found(
     distill: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path
 ) -> None:

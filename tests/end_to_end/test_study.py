@@ -151,6 +151,7 @@ def _wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]")
     raise AssertionError("the study made no progress")
 
 
+@pytest.mark.slow
 def test_a_changed_arm_runs_again_and_its_old_runs_are_kept(place: Place, study: Callable[..., Any]) -> None:
     assert study().code == 0
     before = place.finished()

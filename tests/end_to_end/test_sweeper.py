@@ -16,6 +16,7 @@ import yaml
 
 APP = Path(__file__).with_name("sweep_app") / "app.py"
 JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+SLOW = pytest.mark.slow
 Rows = list[dict[str, str]]
 
 
@@ -100,9 +101,11 @@ def finished(sweep: Sweep) -> dict[int, str]:
     return {t.number: str(t.value) for t in storage.get_all_trials(studies[0]._study_id) if t.state.name == "COMPLETE"}
 
 
-@pytest.mark.parametrize("mode", ["batch", "workers"])
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_kills_lose_no_finished_trial_and_count_none_twice(mode: str, kills: int, sweep: Callable[..., Sweep]) -> None:
+@pytest.mark.parametrize(
+    ("kills", "mode"),
+    [(3, "workers"), *(pytest.param(*one, marks=SLOW) for one in [(3, "batch"), (20, "workers"), (20, "batch")])],
+)
+def test_kills_lose_no_finished_trial_and_count_none_twice(kills: int, mode: str, sweep: Callable[..., Sweep]) -> None:
     """kill -9 of everything, or of one worker alone, at random moments; then the table against the folders."""
     count, dice = 6 + 2 * kills, random.Random(kills)
     search = sweep(
@@ -138,9 +141,15 @@ def test_kills_lose_no_finished_trial_and_count_none_twice(mode: str, kills: int
         assert float(row["value"]) == pytest.approx((x - 2) ** 2 + (kind == "b"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    "launcher", [(), ("hydra/launcher=joblib", "hydra.launcher.n_jobs=1")], ids=["basic", "joblib"]
+    ("number", "launcher"),
+    [
+        (signal.SIGINT, ()),
+        pytest.param(signal.SIGTERM, (), marks=SLOW),
+        pytest.param(signal.SIGINT, ("hydra/launcher=joblib", "hydra.launcher.n_jobs=1"), marks=SLOW),
+        (signal.SIGTERM, ("hydra/launcher=joblib", "hydra.launcher.n_jobs=1")),
+    ],
+    ids=["basic-int", "basic-term", "joblib-int", "joblib-term"],
 )
 def test_a_stop_leaves_no_trial_running(
     number: signal.Signals, launcher: tuple[str, ...], sweep: Callable[..., Sweep]
@@ -244,6 +253,7 @@ def test_a_trial_is_the_mean_over_its_seeds(alone: bool, sweep: Callable[..., Sw
     assert sorted(path.name for path in (search.folder / "0").glob("seed_*")) == ["seed_0", "seed_3", "seed_6"]
 
 
+@SLOW
 def test_every_rank_of_a_trial_has_the_trials_own_values(sweep: Callable[..., Sweep]) -> None:
     """Two real processes under DDP; the sweeper itself refuses to begin in a further rank."""
     search = sweep("x=interval(-5,5)", "ranks=2", "hydra.sweeper.n_trials=2", "hydra.sweeper.subprocess=true")
@@ -271,6 +281,7 @@ def test_two_objectives_give_the_trials_that_none_beats(sweep: Callable[..., Swe
     assert (search.folder / "pareto.png").exists() and (search.folder / "pareto_1.yaml").exists()
 
 
+@SLOW
 def test_limits_end_a_sweep_early(sweep: Callable[..., Sweep]) -> None:
     search = sweep("x=range(0,9)", "hydra/sweeper/study_sampler=grid")
     search.run("hydra.sweeper.target=1")
@@ -352,6 +363,7 @@ def test_a_further_rank_does_not_sweep(sweep: Callable[..., Sweep], monkeypatch:
     assert "further rank" in search.run() and search.code != 0
 
 
+@SLOW
 def test_a_second_controller_is_refused_and_workers_join(sweep: Callable[..., Sweep]) -> None:
     search = sweep("x=interval(-5,5)", "sleep=0.5", "hydra.sweeper.n_trials=8")
     first = search.start()
@@ -382,6 +394,7 @@ def test_a_refused_command_leaves_the_report_as_it_was(sweep: Callable[..., Swee
     assert {path.name: path.read_bytes() for path in search.folder.glob("*.*") if path.name in before} == before
 
 
+@SLOW
 def test_a_lowered_target_ends_the_sweep_there(sweep: Callable[..., Sweep]) -> None:
     search = sweep("x=range(0,6)", "kind=a,b", "hydra/sweeper/study_sampler=grid", "hydra.sweeper.fixed={kind: b}")
     search.run("hydra.sweeper.target=2")

@@ -84,6 +84,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_four_commands_share_one_postgresql(tmp_path: Path) -> None:
     """Started at the same moment, each as on a machine of its own, with a folder of its own."""
     count = 16
