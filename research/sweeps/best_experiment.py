@@ -15,6 +15,7 @@ from research.sweeps.grammar import written
 GROUP = "experiment"
 GATHERING = (GROUP, "hparams_search", "debug")
 _HEADER = "# @package _global_"
+_WITHOUT = "# Without (to be said on the command line once this lies in conf/experiment): "
 
 
 def experiment_text(overrides: Sequence[str], compose: Callable[[list[str]], DictConfig], comment: str) -> str:
@@ -26,13 +27,21 @@ def experiment_text(overrides: Sequence[str], compose: Callable[[list[str]], Dic
     wanted, plain = compose(list(overrides)), compose([])
     usual, chosen = _choices(plain), _choices(wanted)
     groups = {key: choice for key, choice in chosen.items() if usual.get(key) != choice}
-    base = compose([f"{'' if key in usual else '+'}{key}={written(choice)}" for key, choice in groups.items()])
+    gone = [key for key in usual if key not in chosen]
+    base = compose(
+        [
+            *(f"~{key}" for key in gone),
+            *(f"{'' if key in usual else '+'}{key}={written(choice)}" for key, choice in groups.items()),
+        ]
+    )
     tree: dict[str, Any] = {}
     if groups:
         defaults: list[Any] = [{f"override /{k}" if k in usual else f"/{k}": choice} for k, choice in groups.items()]
         tree["defaults"] = [*defaults, "_self_"]
     tree |= _added(_task(base), _task(wanted))
-    return f"{_HEADER}\n# {comment}\n" + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
+    lost = [*gone, *_lost(_task(base), _task(wanted))]
+    lines = [_HEADER, f"# {comment}", *([f"{_WITHOUT}{' '.join(f'~{key}' for key in lost)}"] if lost else []), ""]
+    return "\n".join(lines) + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
 
 
 def _choices(config: DictConfig) -> dict[str, Any]:
@@ -58,8 +67,22 @@ def _added(base: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]
     return found
 
 
+def _lost(base: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Dotted keys that `base` has and `wanted` has not."""
+    found = []
+    for key, value in base.items():
+        if key not in wanted:
+            found.append(key)
+        elif isinstance(value, Mapping) and isinstance(wanted[key], Mapping):
+            found += [f"{key}.{inner}" for inner in _lost(value, wanted[key])]
+    return found
+
+
 def with_experiment_file(arguments: Sequence[str]) -> list[str]:
     """`experiment=FILE.yaml`, where that file exists, as a choice of the group; the other arguments as they are.
+
+    An experiment can add and change, never take away: the keys that the file's own comment names are taken away by
+    arguments behind it.
 
     Raises ConfigError for a file that is no mapping, and for a path where there is no file.
     """
@@ -73,11 +96,14 @@ def with_experiment_file(arguments: Sequence[str]) -> list[str]:
             )
         if found and path is not None and path.is_file():
             name = f"{path.stem}_of_{re.sub(r'[^A-Za-z0-9_]+', '_', path.absolute().parent.name)}"
-            node = yaml.safe_load(path.read_text())
+            text = path.read_text()
+            node = yaml.safe_load(text)
             if not isinstance(node, dict):
                 raise ConfigError(f"experiment={path} holds a {type(node).__name__}; expected keys and values")
             ConfigStore.instance().store(group=GROUP, name=name, node=node, package="_global_", provider=str(path))
             changed.append(f"{found[1]}experiment={name}")
+            deletions = [line.removeprefix(_WITHOUT) for line in text.splitlines() if line.startswith(_WITHOUT)]
+            changed += [one for line in deletions for one in line.split()]
         else:
             changed.append(argument)
     return changed

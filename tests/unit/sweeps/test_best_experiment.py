@@ -42,6 +42,7 @@ def task_of(config: DictConfig) -> Any:
         ["experiment=sum8_trace", "model@student=llama_100k", "trainer=smoke", "data.trace_format=answer_only"],
         ["experiment=digits_soft_target", "teacher=none", "method=supervised", "seed=7"],
         ["+data.extra=1", "evaluation.variants={moved: {noise: 1}}", "tags=['a,b','c=d']"],
+        ["~trainer.accelerator", "~optimizer.lr", "~logger", "seed=3"],
         *[[f"hparams_search={name}", "optimizer.lr=0.0123"] for name in SEARCHES],
     ],
     ids=lambda overrides: overrides[0],
@@ -51,6 +52,7 @@ def test_it_composes_to_the_trials_own_config(overrides: list[str], compose: Com
     path.parent.mkdir()
     path.write_text(experiment_text(overrides, compose, "trial 3"))
     assert path.read_text().startswith("# @package _global_\n# trial 3\n")
+    assert ("~" in path.read_text()) == any(override.startswith("~") for override in overrides)
     again = compose(with_experiment_file([f"experiment={path}"]))
     assert task_of(again) == task_of(compose(overrides))
     assert "experiment" not in str(yaml.safe_load(path.read_text()).get("defaults"))
