@@ -133,8 +133,9 @@ class SweepController:
             if not any(self.store.trial(number).state.is_finished() for number in numbers) and self._is_fruitless():
                 raise
             return []
-        for position, told in failed_jobs(returns).items():  # of a job that failed before its trial was begun
-            self.store.failed(numbers[position], told, "")
+        for position, told in failed_jobs(returns).items():
+            if _is_mine(self.store.trial(numbers[position]).user_attrs.get("lease") or {}):  # its trial was never begun
+                self.store.failed(numbers[position], told, "")
         self._give_up(numbers, "its job ended without telling how")
         return returns
 

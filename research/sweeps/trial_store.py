@@ -172,6 +172,26 @@ class TrialStore:
                     continue
         return None
 
+    def holds(self, number: int) -> bool:
+        """Whether a trial is this job's to run: taken for it, or waiting again since the job was preempted.
+
+        A waiting one is taken, unless another process is quicker.
+        """
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        trial = self.trial(number)
+        if trial.state is not TrialState.WAITING:
+            return trial.state is TrialState.RUNNING
+        try:
+            with self.terms.storage.exclusively():
+                taken = self.storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING)
+        except UpdateFinishedTrialError:
+            return False
+        if taken:
+            self._write_lease(trial._trial_id, 0)
+        return bool(taken)
+
     def _partly_fixed(self, sampler: Any) -> Any:
         import optuna
 

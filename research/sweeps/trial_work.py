@@ -7,7 +7,8 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -70,7 +71,7 @@ class TrialWork:
 
         context = self._context(number, overrides, folder or self.folder(number))
         started = time.perf_counter()
-        with self.store.leased(number) as trial, handled({signal.SIGTERM: as_ctrl_c}):
+        with self.store.leased(number) as trial, handled({signal.SIGTERM: as_ctrl_c}), preemption() as told_of:
             trial.set_user_attr("folder", context.folder)
             trial.set_user_attr("host", os.uname().nodename)
             trial.set_user_attr("revision", _revision())
@@ -92,6 +93,9 @@ class TrialWork:
                 raise
             except BaseException as error:
                 self._spent(trial, started)
+                if told_of:
+                    self.store.interrupted(number, f"preempted by {told_of[0]}", counts=False)
+                    raise
                 told = "out of memory: " if _is_out_of_memory(error) else ""
                 self.store.failed(number, f"{told}{reason_of(error)}", getattr(error, "trace", "") or trace_of(error))
                 if isinstance(error, SystemExit):  # it ends the trial, not the sweep
@@ -151,6 +155,8 @@ class BatchTask:
         hydra = HydraConfig.get()
         number = int(hydra.job.num)
         pin_gpu(self.work.gpus, number)
+        if not self.work.store.holds(number):
+            raise TrialFailed.of(f"trial {number} is another process's by now", "")
         folder = str(hydra.runtime.output_dir)
         overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
         try:
@@ -222,6 +228,25 @@ def worker_seed(seed: int | None, *parts: int) -> int | None:
     if seed is None:
         return None
     return int.from_bytes(hashlib.sha256(repr((seed, *parts)).encode()).digest()[:4])
+
+
+@contextmanager
+def preemption() -> Iterator[list[str]]:
+    """The names of the signals by which a cluster's launcher has this job preempted, noted before it answers them.
+
+    submitit writes the job down to be started again, and leaves; what it leaves has not failed.
+    """
+    number = getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}", None)
+    answer = signal.getsignal(number) if number is not None else None
+    noted: list[str] = []
+
+    def note(received: int, frame: FrameType | None) -> None:
+        noted.append(signal.Signals(received).name)
+        if callable(answer):
+            answer(received, frame)
+
+    with handled({number: note} if number is not None and callable(answer) else {}):
+        yield noted
 
 
 def as_ctrl_c(number: int, frame: FrameType | None) -> None:

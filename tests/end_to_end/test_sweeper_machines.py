@@ -4,6 +4,7 @@ import csv
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -140,3 +141,24 @@ def test_submitit_runs_a_sweep(mode: str, tmp_path: Path) -> None:
     )  # fmt: skip
     told, _ = command.communicate(timeout=240)
     assert [row["state"] for row in rows_of(tmp_path / "sweep")] == ["complete"] * 4, told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["batch", "workers"])
+def test_a_preempted_job_is_gone_on_with(mode: str, tmp_path: Path) -> None:
+    """The signal by which a cluster takes a machine back: the job starts again, and its trial has not failed."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    command = start(
+        tmp_path, "x=interval(-5,5)", "sleep=5", "hydra/launcher=submitit_local", "hydra.sweeper.n_trials=2",
+        "hydra.sweeper.n_jobs=1", f"hydra.sweeper.mode={mode}", f"hydra.sweep.dir={tmp_path}/sweep",
+        "hydra.launcher.timeout_min=5",
+    )  # fmt: skip
+    began, deadline = tmp_path / "sweep" / "0" / "began.txt", time.monotonic() + 120
+    while not (began.exists() and began.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(int(began.read_text()), signal.SIGUSR2)
+    told, _ = command.communicate(timeout=240)
+    rows = rows_of(tmp_path / "sweep")
+    assert [row["state"] for row in rows] == ["complete"] * 2, told
+    assert len(began.read_text().split()) == 2, "begun again, in another process"
+    assert [row["attempts"] for row in rows] == ["1", "1"], "a preemption is no fault of the trial"
