@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 APP = Path(__file__).with_name("sweep_app") / "app.py"
+RAY = "RESEARCH_RAY_PYTHON"
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -72,8 +73,8 @@ def await_port(port: int) -> None:
     pytest.fail(f"nothing listens on port {port}")
 
 
-def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, str(APP), "-m", "hydra/sweeper=optuna_study", *arguments]
+def start(folder: Path, *arguments: str, python: str = sys.executable) -> "subprocess.Popen[str]":
+    command = [python, str(APP), "-m", "hydra/sweeper=optuna_study", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -162,3 +163,17 @@ def test_a_preempted_job_is_gone_on_with(mode: str, tmp_path: Path) -> None:
     assert [row["state"] for row in rows] == ["complete"] * 2, told
     assert len(began.read_text().split()) == 2, "begun again, in another process"
     assert [row["attempts"] for row in rows] == ["1", "1"], "a preemption is no fault of the trial"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get(RAY), reason=f"{RAY} names no python with the extra ray")
+@pytest.mark.parametrize("mode", ["batch", "workers"])
+def test_ray_runs_a_sweep(mode: str, tmp_path: Path) -> None:
+    """In an environment of its own: Ray is no requirement of the tests."""
+    command = start(
+        tmp_path, "x=interval(-5,5)", "kind=a,b", "hydra/launcher=ray", "hydra.sweeper.n_trials=4",
+        "hydra.sweeper.n_jobs=2", f"hydra.sweeper.mode={mode}", f"hydra.sweep.dir={tmp_path}/sweep",
+        python=os.environ[RAY],
+    )  # fmt: skip
+    told, _ = command.communicate(timeout=240)
+    assert [row["state"] for row in rows_of(tmp_path / "sweep")] == ["complete"] * 4, told
