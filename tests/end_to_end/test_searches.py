@@ -234,8 +234,7 @@ def test_divergence_and_share_runs(distill: Callable[..., Any], tmp_path: Path) 
     done = distill(
         "train", "-m", "hparams_search=divergence_and_share", "trainer=smoke", *small, "init_from=base",
         "teacher.path=teacher", "data.store=traces", "data.num_prompts=8", "data.num_stored=8", "preflight=skip",
-        "evaluation.val_problems=4", "hydra.sweeper.n_trials=3",
-        "hydra.sweeper.fixed={trainer.max_steps: 50}", "trainer.check_val_every_n_epoch=25", cwd=tmp_path,
+        "hydra.sweeper.n_trials=3", "hydra.sweeper.fixed={trainer.max_steps: 50}", cwd=tmp_path,
     )  # fmt: skip
     assert done.code == 0, done.err
     folder = tmp_path / "outputs" / "divergence_and_share"
