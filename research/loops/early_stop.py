@@ -78,4 +78,4 @@ class EarlyStop(EarlyStopping):
             best = float(self.best_score)
             self.reason = f"early_stopping.patience is {self.patience}, {told}, and was {best:g} at its best"
         else:
-            self.reason = told
+            self.reason = f"{told}, which is no finite number"

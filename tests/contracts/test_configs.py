@@ -39,7 +39,7 @@ STUDIES = sorted(path.parent.name for path in (REPOSITORY / "experiments").rglob
 GROUPS_OF_TRAIN = {"model": "model@student"}
 NODES = (
     "data", "task", "template", "teacher", "reference", "signal_transform", "method", "optimizer", "scheduler", "loop",
-    "trainer", "logger", "generator",
+    "early_stopping", "trainer", "logger", "generator",
 )  # fmt: skip
 OPTIONAL_LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 REAL_DATA = {
@@ -152,6 +152,8 @@ def needs(
         match choice:
             case "teacher/frozen":
                 return [f"teacher.path='{digits_teacher}'"]
+            case "early_stopping/threshold":
+                return ["early_stopping.threshold=20"]
             case "teacher/served":
                 return [*text(group), *SERVED]
             case "method/on_policy":
@@ -200,6 +202,8 @@ def test_p112_every_choice_builds(
     if choice == "loop/self_taught":
         plan = make(cfg.loop, "loop")
         assert isinstance(plan, SelfTaughtPlan) and SelfTaughtLoop(cfg, parts.data, plan).metrics == {}
+    if choice in ("early_stopping/patience", "early_stopping/threshold"):
+        assert make(cfg.early_stopping, "early_stopping").monitor == "val/errors"
     if group == "logger" and name in OPTIONAL_LOGGERS:
         _logger_builds_or_names_its_extra(cfg, name, tmp_path)
     else:
