@@ -31,6 +31,7 @@ RUN = (
     "threads=1",
     "evaluation.splits=[val]",
 )
+ON_THE_LINE = "optimizer.lr=tag(log,interval(1e-4,1e-1))"
 SEARCH = "hydra.sweeper.params={optimizer.lr: 'tag(log,interval(1e-4,1e-1))'}"
 
 
@@ -82,7 +83,7 @@ def peer(is_quick: bool) -> dict[str, Any]:
 
     def swept_by(sweeper: str, *more: str) -> Callable[[Path], float]:
         return lambda folder: cpu_seconds(
-            ["train", "-m", f"hydra/sweeper={sweeper}", *RUN, f"trainer.max_epochs={epochs}", SEARCH,
+            ["train", "-m", f"hydra/sweeper={sweeper}", *RUN, f"trainer.max_epochs={epochs}", ON_THE_LINE,
              f"hydra.sweeper.n_trials={trials}", f"hydra.sweep.dir={folder}", *more], start,
         )  # fmt: skip
 
