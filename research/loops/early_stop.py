@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
 
 from research.errors import ConfigError
 from research.loops.fit import better_of
@@ -38,7 +38,6 @@ class EarlyStop(EarlyStopping):
             raise ConfigError(f"early_stopping.patience is {patience}; expected at least 1 validation, or null")
         if min_delta < 0:
             raise ConfigError(f"early_stopping.min_delta is {min_delta}; expected 0 or more")
-        self._threshold = threshold
         self.settings: dict[str, Any] = {
             "monitor": monitor,
             "patience": patience,
@@ -70,12 +69,11 @@ class EarlyStop(EarlyStopping):
         super()._run_early_stopping_check(trainer)
         if not trainer.should_stop or had_stopped:
             return
-        value, limit = float(trainer.callback_metrics[self.monitor]), self._threshold
-        told = f"{self.monitor} is {value:g} after step {trainer.global_step}"
-        if limit is not None and not (value < limit if self.mode == "max" else value > limit):
-            self.reason = f"early_stopping.threshold is {limit:g}, and {told}"
-        elif self.wait_count >= self.patience:
+        told = f"{self.monitor} is {float(trainer.callback_metrics[self.monitor]):g} after step {trainer.global_step}"
+        if self.stopping_reason is EarlyStoppingReason.STOPPING_THRESHOLD:
+            self.reason = f"early_stopping.threshold is {self.settings['threshold']:g}, and {told}"
+        elif self.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED:
             best = float(self.best_score)
             self.reason = f"early_stopping.patience is {self.patience}, {told}, and was {best:g} at its best"
         else:
-            self.reason = f"{told}, which is no finite number"
+            self.reason = f"early_stopping: {told}, which is no finite number"

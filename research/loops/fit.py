@@ -183,7 +183,9 @@ def fit(
             trainer.fit(method, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SIGTERMException:
         return stopped(interrupt.received or signal.SIGTERM)
-    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
+    except (KeyboardInterrupt, SystemExit) as error:  # Lightning makes the second of the first
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
         return stopped(signal.SIGINT)
     except NonFiniteLoss as error:
         return ended("failed", f"{error}. Last good checkpoint: {_last_checkpoint(trainer)}")

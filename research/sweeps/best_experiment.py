@@ -27,7 +27,8 @@ def experiment_text(overrides: Sequence[str], compose: Callable[[list[str]], Dic
     wanted, plain = compose(list(overrides)), compose([])
     usual, chosen = _choices(plain), _choices(wanted)
     groups = {key: choice for key, choice in chosen.items() if usual.get(key) != choice}
-    gone = [key for key in usual if key not in chosen]
+    deleted = {override[1:].partition("=")[0] for override in overrides if override.startswith("~")}
+    gone = [key for key in usual if key not in chosen and key in deleted]
     base = compose(
         [
             *(f"~{key}" for key in gone),

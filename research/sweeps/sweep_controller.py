@@ -134,7 +134,7 @@ class SweepController:
                 raise
             return []
         for position, told in failed_jobs(returns).items():
-            if _is_mine(self.store.trial(numbers[position]).user_attrs.get("lease") or {}):  # its trial was never begun
+            if self.store.trial(numbers[position]).state.name == "RUNNING":  # not told where it ran
                 self.store.failed(numbers[position], told, "")
         self._give_up(numbers, "its job ended without telling how")
         return returns

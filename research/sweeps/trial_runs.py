@@ -247,7 +247,7 @@ def _wait(child: "subprocess.Popen[bytes]") -> int:
         before = None
     try:
         return child.wait()
-    except KeyboardInterrupt:
+    except BaseException:
         child.terminate()
         try:
             child.wait(KILL_AFTER_S)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from research.errors import ConfigError
 from research.sweeps.engines import build_pruner, build_sampler
-from research.sweeps.owners import Beats, this_process
+from research.sweeps.owners import Beats, is_alive, is_same_machine, this_process
 from research.sweeps.repeating import repeating
 from research.sweeps.search_space import Parameter, SearchSpace
 from research.sweeps.sweep_terms import Counts, SweepTerms
@@ -172,20 +172,25 @@ class TrialStore:
                     continue
         return None
 
-    def holds(self, number: int) -> bool:
-        """Whether a trial is this job's to run: taken for it, or waiting again since the job was preempted.
+    def holds(self, number: int, controller: Mapping[str, Any]) -> bool:
+        """Whether a trial is this job's to run: its controller took it, or it waits again since the job was preempted.
 
-        A waiting one is taken, unless another process is quicker.
+        A waiting one is taken, unless another process is quicker; one of a dead process of this machine is taken over.
         """
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
         trial = self.trial(number)
-        if trial.state is not TrialState.WAITING:
-            return trial.state is TrialState.RUNNING
+        if trial.state is TrialState.RUNNING:
+            lease = trial.user_attrs.get("lease") or {}
+            owner = {key: lease.get(key) for key in this_process()}
+            is_ours = owner in (dict(controller), this_process())
+            return is_ours or (is_same_machine(lease) and not is_alive(lease))
         try:
             with self.terms.storage.exclusively():
-                taken = self.storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING)
+                taken = trial.state is TrialState.WAITING and self.storage.set_trial_state_values(
+                    trial._trial_id, state=TrialState.RUNNING
+                )
         except UpdateFinishedTrialError:
             return False
         if taken:

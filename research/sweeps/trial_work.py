@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from research.loops.signals import handled
 from research.results.record import git_revision
+from research.sweeps.owners import this_process
 from research.sweeps.search_space import SearchSpace
 from research.sweeps.sweep_plan import SweepLimits
 from research.sweeps.trial_context import TrialContext
@@ -48,6 +49,7 @@ class TrialWork:
     fixed: tuple[str, ...] = ()
     order: tuple[str, ...] = ()
     gpus: tuple[str, ...] = ()
+    leaving: bool = False  # this process's job has been preempted: it takes no further trial
 
     def prepare(self, trial: "Trial") -> list[str]:
         """Write down what a taken trial is; returns its overrides."""
@@ -71,7 +73,7 @@ class TrialWork:
 
         context = self._context(number, overrides, folder or self.folder(number))
         started = time.perf_counter()
-        with self.store.leased(number) as trial, handled({signal.SIGTERM: as_ctrl_c}), preemption() as told_of:
+        with self.store.leased(number) as trial, handled({signal.SIGTERM: as_ctrl_c}), Preemption().watched() as leave:
             trial.set_user_attr("folder", context.folder)
             trial.set_user_attr("host", os.uname().nodename)
             trial.set_user_attr("revision", _revision())
@@ -83,27 +85,40 @@ class TrialWork:
                     note=lambda seed, result: self._note_seed(trial, seed, result),
                     direct=direct,
                 )
+                result = plain_returned(returned)
             except TrialPruned as stopped:
                 self._spent(trial, started)
                 self.store.pruned(number, str(stopped))
                 raise
             except KeyboardInterrupt as stopped:
-                self._spent(trial, started)
-                self.store.interrupted(number, f"stopped: {stopped}".strip(": "), counts=False)
+                with handled({signal.SIGTERM: lambda *_: None}):  # a cluster sends it while a job leaves
+                    self._spent(trial, started)
+                    if leave.answer is not None:
+                        self._leave(number, leave.told, leave.answer)
+                    self.store.interrupted(number, f"stopped: {stopped}".strip(": "), counts=False)
                 raise
             except BaseException as error:
                 self._spent(trial, started)
-                if told_of:
-                    self.store.interrupted(number, f"preempted by {told_of[0]}", counts=False)
-                    raise
                 told = "out of memory: " if _is_out_of_memory(error) else ""
                 self.store.failed(number, f"{told}{reason_of(error)}", getattr(error, "trace", "") or trace_of(error))
                 if isinstance(error, SystemExit):  # it ends the trial, not the sweep
                     raise TrialFailed.of(reason_of(error), trace_of(error)) from error
                 raise
             self._spent(trial, started)
-            self.store.complete(number, plain_returned(returned))
+            self.store.complete(number, result)
         return returned
+
+    def _leave(self, number: int, told: str, answer: Callable[[], None]) -> None:
+        """Answer a preemption: the trial waits, for the job that is started again or for the next command."""
+        self.leaving = True
+        try:
+            answer()
+        except SystemExit:
+            self.store.interrupted(number, f"preempted by {told}", counts=False)
+            raise
+        except Exception as error:  # not started again, such as a job that ran out of its time
+            self.store.interrupted(number, f"preempted by {told}: {error}")
+            raise
 
     def _context(self, number: int, overrides: list[str], folder: str) -> TrialContext:
         terms = self.store.terms
@@ -144,19 +159,27 @@ class TrialWork:
             raise TrialPruned(f"pruned after {len(values)} of {len(self.runs.plan.seeds)} seeds")
 
 
+class TakenElsewhere(RuntimeError):
+    """A job was started again, and its trial was not left to it."""
+
+
 @dataclass
 class BatchTask:
-    """The task of a launcher in batch mode: the job's number is the trial's."""
+    """The task of a launcher in batch mode: the job's number is the trial's.
+
+    controller  the process that took the trials for its jobs
+    """
 
     work: TrialWork
     task: Callable[[Any], Any]
+    controller: dict[str, Any] = field(default_factory=this_process)
 
     def __call__(self, cfg: DictConfig) -> Any:
         hydra = HydraConfig.get()
         number = int(hydra.job.num)
         pin_gpu(self.work.gpus, number)
-        if not self.work.store.holds(number):
-            raise TrialFailed.of(f"trial {number} is another process's by now", "")
+        if not self.work.store.holds(number, self.controller):
+            raise TakenElsewhere(f"trial {number} has ended or is another process's: this job has nothing to do")
         folder = str(hydra.runtime.output_dir)
         overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
         try:
@@ -192,6 +215,8 @@ class WorkerTask:
             try:
                 self.work.work_on(trial.number, self.work.prepare(trial))
             except Exception as error:  # told already; the next trial may be better
+                if self.work.leaving:
+                    raise
                 log.info("trial %s: %s", trial.number, error)
             self.done.append(trial.number)
         return self.done
@@ -230,23 +255,36 @@ def worker_seed(seed: int | None, *parts: int) -> int | None:
     return int.from_bytes(hashlib.sha256(repr((seed, *parts)).encode()).digest()[:4])
 
 
-@contextmanager
-def preemption() -> Iterator[list[str]]:
-    """The names of the signals by which a cluster's launcher has this job preempted, noted before it answers them.
+@dataclass
+class Preemption:
+    """A cluster's launcher wants this job to leave, by a signal that it answers itself.
 
-    submitit writes the job down to be started again, and leaves; what it leaves has not failed.
+    submitit writes the job down to be started again, and exits; or, where that is not allowed any more, raises. First
+    the trial is stopped as SIGTERM stops it, after the step that it is in and with a checkpoint.
+
+    told    name of the signal, once it has come
+    answer  the launcher's own handler, which does not come back; None where the launcher has none
     """
-    number = getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}", None)
-    answer = signal.getsignal(number) if number is not None else None
-    noted: list[str] = []
 
-    def note(received: int, frame: FrameType | None) -> None:
-        noted.append(signal.Signals(received).name)
-        if callable(answer):
-            answer(received, frame)
+    told: str = ""
+    answer: Callable[[], None] | None = None
 
-    with handled({number: note} if number is not None and callable(answer) else {}):
-        yield noted
+    @contextmanager
+    def watched(self) -> Iterator["Preemption"]:
+        """Note the signal inside, and stop what is at work; outside the launcher's handler stands again."""
+        number = getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}", None)
+        own = signal.getsignal(number) if number is not None else None
+        if number is None or number is signal.SIGTERM or not callable(own):
+            yield self
+            return
+        handler: Callable[[int, FrameType | None], Any] = own
+
+        def note(received: int, frame: FrameType | None) -> None:
+            self.told, self.answer = signal.Signals(received).name, lambda: handler(received, frame)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        with handled({number: note}):
+            yield self
 
 
 def as_ctrl_c(number: int, frame: FrameType | None) -> None:
@@ -278,11 +316,14 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def failed_jobs(returns: Any) -> Mapping[int, str]:
-    """Position of each launched job that failed -> its error, read without Hydra printing the overrides."""
+    """Position of each launched job that failed -> its error, read without Hydra printing the overrides.
+
+    One that found its trial to be another process's has not failed.
+    """
     from hydra.core.utils import JobStatus
 
     return {
         number: f"{type(done._return_value).__name__}: {done._return_value}"
         for number, done in enumerate(returns)
-        if done.status is JobStatus.FAILED
+        if done.status is JobStatus.FAILED and not isinstance(done._return_value, TakenElsewhere)
     }

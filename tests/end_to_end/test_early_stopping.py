@@ -4,8 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
+import torch
 
+from research.loops.early_stop import EarlyStop
 from research.results.curves import CURVE_FILE, read_curve
 from research.results.record import read_record
 
@@ -92,6 +95,44 @@ def test_more_of_an_accuracy_is_better(distill: Callable[..., Any], tmp_path: Pa
     accuracies = [float(row["val/sampled_accuracy"] or 0) for row in read_curve(tmp_path / "run" / CURVE_FILE)]
     assert accuracies[-1] >= 0.04 and all(value < 0.04 for value in accuracies[:-1]) and len(accuracies) > 1
     assert "early_stopping.threshold is 0.04" in str(read_record(tmp_path / "run" / "run.json").reason)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "values", "settings", "told"),
+    [
+        ("val/accuracy", [0.5, 0.9], {"threshold": 0.9}, "early_stopping.threshold is 0.9, and val/accuracy is 0.9"),
+        ("val/nll", [0.3, 0.1], {"threshold": 0.1}, "early_stopping.threshold is 0.1, and val/nll is 0.1"),
+        ("val/nll", [0.3, float("nan")], {"threshold": 0.1}, "val/nll is nan after step 2, which is no finite number"),
+        ("val/nll", [0.3, 0.3], {"patience": 1}, "early_stopping.patience is 1, val/nll is 0.3"),
+    ],
+)
+def test_the_reason_is_the_one_that_stopped(
+    monitor: str, values: list[float], settings: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    """Metrics are float32, thresholds are not: 0.9 is reached by 0.9."""
+
+    class Told(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+
+        def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+            return self.layer(batch).mean()
+
+        def validation_step(self, batch: torch.Tensor, index: int) -> None:
+            self.log(monitor, torch.tensor(values[self.current_epoch]))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    stop = EarlyStop(monitor, **settings)
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=len(values), callbacks=[stop], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0,
+    )  # fmt: skip
+    rows = torch.utils.data.DataLoader(torch.ones(1, 1))
+    trainer.fit(Told(), rows, rows)
+    assert trainer.global_step == 2 and told in str(stop.reason)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -158,35 +159,70 @@ def test_a_search_that_would_select_wrongly_is_refused(
     assert told in found and "complete" not in found.replace("completely", "")
 
 
-def test_an_interrupted_training_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    """kill -9 of the whole sweep in the middle of a run: the trial ends with the loss of one never killed."""
-    command = [
-        sys.executable, "-c", "from research.commands.main import main; main()", "train", "-m", *SWEEP,
-        "experiment=sum8_trace", "task.num_terms=5", "student.hidden_size=32", "data.num_train=1600", "data.num_val=16",
-        "data.num_test=0", "trainer.max_epochs=1", "checkpoint_steps=3", "evaluation.splits=[val]",
-        "evaluation.max_new_tokens=24", "optimizer.lr=0.001,0.002", "hydra/sweeper/study_sampler=grid",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    quiet: dict[str, Any] = {
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.DEVNULL,
-        "env": environment,
-        "cwd": tmp_path,
-    }
-    cut, whole = tmp_path / "cut", tmp_path / "whole"
-    process = subprocess.Popen([*command, f"hydra.sweep.dir={cut}"], **quiet)
-    checkpoint, deadline = cut / "0" / "checkpoints" / "last.ckpt", time.monotonic() + 120
+@pytest.fixture
+def search_of_two(tmp_path: Path) -> Callable[..., "subprocess.Popen[bytes]"]:
+    """`search_of_two(folder, overrides...)`: a search over two learning rates, begun in a process of its own."""
+
+    def begin(folder: Path, *more: str) -> "subprocess.Popen[bytes]":
+        command = [
+            sys.executable, "-c", "from research.commands.main import main; main()", "train", "-m", *SWEEP,
+            "experiment=sum8_trace", "task.num_terms=5", "student.hidden_size=32", "data.num_train=1600",
+            "data.num_val=16", "data.num_test=0", "trainer.max_epochs=1", "checkpoint_steps=3",
+            "evaluation.splits=[val]", "evaluation.max_new_tokens=24", "optimizer.lr=0.001,0.002",
+            "hydra/sweeper/study_sampler=grid", f"hydra.sweep.dir={folder}", *more,
+        ]  # fmt: skip
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    return begin
+
+
+def await_first_checkpoint(folder: Path) -> None:
+    checkpoint, deadline = folder / "0" / "checkpoints" / "last.ckpt", time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.005)
+    assert checkpoint.exists() and not (folder / "0" / "run.json").exists(), "it was still at work"
+
+
+def check_equal_ends(cut: Path, whole: Path) -> None:
+    assert [row["state"] for row in rows_of(cut)] == ["complete", "complete"]
+    assert [row["value"] for row in rows_of(cut)] == [row["value"] for row in rows_of(whole)]
+    weights = [json.loads((folder / "0" / "run.json").read_text())["student"]["sha256"] for folder in (cut, whole)]
+    assert weights[0] == weights[1], "and with the same weights"
+
+
+def test_an_interrupted_training_run_goes_on_from_its_checkpoint(
+    search_of_two: Callable[..., "subprocess.Popen[bytes]"], tmp_path: Path
+) -> None:
+    """kill -9 of the whole sweep in the middle of a run: the trial ends with the loss of one never killed."""
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    process = search_of_two(cut)
+    await_first_checkpoint(cut)
     process.kill()
     process.wait()
-    assert checkpoint.exists() and not (cut / "0" / "run.json").exists(), "it was still at work"
-    for folder in (cut, whole):
-        assert subprocess.run([*command, f"hydra.sweep.dir={folder}"], check=False, **quiet).returncode == 0
+    assert [search_of_two(folder).wait() for folder in (cut, whole)] == [0, 0]
     assert [row["attempts"] for row in rows_of(cut)] == ["2", "1"]
-    assert [row["value"] for row in rows_of(cut)] == [row["value"] for row in rows_of(whole)]
-    losses = [json.loads((folder / "0" / "run.json").read_text())["student"]["sha256"] for folder in (cut, whole)]
-    assert losses[0] == losses[1], "and with the same weights"
+    check_equal_ends(cut, whole)
+
+
+@pytest.mark.slow
+def test_a_preempted_training_run_goes_on_from_its_checkpoint(
+    search_of_two: Callable[..., "subprocess.Popen[bytes]"], tmp_path: Path
+) -> None:
+    """As a cluster takes a machine back: after a whole step, by the name of its signal, in a job that starts again."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    process = search_of_two(cut, "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5")
+    await_first_checkpoint(cut)
+    jobs = subprocess.run(["pgrep", "-f", f"submitit.core._submit {cut}"], capture_output=True, text=True, check=True)
+    for job in jobs.stdout.split():
+        os.kill(int(job), signal.SIGUSR2)
+    assert process.wait() == 0
+    assert [row["attempts"] for row in rows_of(cut)] == ["1", "1"], "a preemption is no fault of the trial"
+    assert search_of_two(whole).wait() == 0
+    check_equal_ends(cut, whole)
 
 
 @pytest.mark.slow

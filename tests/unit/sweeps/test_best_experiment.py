@@ -96,3 +96,21 @@ def test_the_groups_of_the_plugin_are_known() -> None:
     theirs = {"sampler", "pruner", "storage"}
     assert not theirs & set(repo), "those may belong to Hydra's own plugin, which is installed beside this one"
     assert set(repo["study_storage"]) == {"journal.yaml", "rdb.yaml", "grpc.yaml", "memory.yaml"}
+
+
+@pytest.mark.parametrize("overrides", [["model=b"], ["~model"], ["model=b", "x=3"], ["~model/act"]])
+def test_a_group_within_a_group_goes_with_it(overrides: list[str], tmp_path: Path) -> None:
+    """Another application's config, in which one choice brings a group of its own and the other does not."""
+    (tmp_path / "conf" / "model" / "act").mkdir(parents=True)
+    files = {"app": "defaults: [model: a, _self_]\nx: 1", "model/a": "defaults: [act: relu]\nw: 1", "model/b": "w: 2",
+             "model/act/relu": "name: relu"}  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / "conf" / f"{name}.yaml").write_text(text.replace("defaults: [", "defaults:\n  [") + "\n")
+    with initialize_config_dir(str(tmp_path / "conf"), version_base="1.3"):
+        compose = composer(GlobalHydra.instance().config_loader(), "app")
+        text = experiment_text(overrides, compose, "trial 3")
+        deletions = [word for word in text.split() if word.startswith("~")]
+        node = yaml.safe_load(text) or {}
+        choices = [f"{key.split('/', 1)[1]}={c}" for d in node.get("defaults", [])[:-1] for key, c in d.items()]
+        values = [f"{key}={value}" for key, value in node.items() if key == "x"]
+        assert task_of(compose([*choices, *values, *deletions])) == task_of(compose(overrides))

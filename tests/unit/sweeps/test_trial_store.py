@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import optuna
@@ -24,9 +24,9 @@ from research.sweeps.space_parser import parse_space
 from research.sweeps.storages import FlockOnFile, StorageSpec, storage_spec
 from research.sweeps.sweep_study import claim_control, differences, open_study, refuse_foreign_runs
 from research.sweeps.sweep_terms import SweepTerms
-from research.sweeps.trial_runs import plain_returned
+from research.sweeps.trial_runs import RunPlan, TrialRuns, plain_returned
 from research.sweeps.trial_store import TrialStore
-from research.sweeps.trial_work import portable
+from research.sweeps.trial_work import TrialWork, portable
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 TPE = {"name": "tpe", "n_startup_trials": 10, "n_ei_candidates": 24, "multivariate": True, "constant_liar": True}
@@ -236,6 +236,57 @@ def test_a_lease_whose_process_was_killed_is_stale_at_once(tmp_path: Path) -> No
     assert beats.is_stale(0, owner), "a zombie is dead too"
     child.wait()
     assert not is_alive({**this_process(), "start": "another"}), "its number was given to another process"
+
+
+def test_a_job_that_is_started_again_runs_its_trial_if_nobody_else_does(store: TrialStore) -> None:
+    """As a cluster starts a preempted job: its trial was left to it, waits, or is another process's by now."""
+    store.add_tickets([None])
+    assert store.take(space_of(), 0) is not None
+    elsewhere = {"host": this_process()["host"], "pid": 1, "start": "another"}
+    assert store.holds(0, this_process()) and store.holds(0, elsewhere), "taken by this process itself"
+    store.interrupted(0, "preempted", counts=False)
+    assert store.trial(0).state is TrialState.WAITING
+    assert store.holds(0, elsewhere) and store.trial(0).state is TrialState.RUNNING, "and taken by that"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        began = Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        lease = {**this_process(), "pid": other.pid, "start": began, "beat": 0}
+        store.storage.set_trial_user_attr(store.trial(0)._trial_id, "lease", lease)
+        assert not store.holds(0, elsewhere), "a living process is at work on it"
+        assert store.holds(0, {key: lease[key] for key in this_process()}), "the controller holds it for its job"
+        other.communicate(b"\n")
+    assert store.holds(0, elsewhere), "that process has died"
+    store.complete(0, 1.0)
+    assert not store.holds(0, this_process())
+
+
+@pytest.mark.parametrize(
+    ("answer", "attempts"), [(SystemExit(144), 0), (RuntimeError("timed-out too many times"), 1)], ids=["again", "over"]
+)
+def test_only_a_job_that_starts_again_costs_a_preempted_trial_nothing(
+    answer: BaseException, attempts: int, store: TrialStore, tmp_path: Path
+) -> None:
+    """What no launcher starts again is begun `max_attempts` times at most, not for ever."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise answer
+
+    def task() -> Any:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(5)
+
+    store.add_tickets([None])
+    taken = store.take(space_of(), 0)
+    assert taken is not None
+    work = TrialWork(store, space_of(), TrialRuns(lambda cfg: task(), cast(Any, None), RunPlan()), str(tmp_path))
+    before = signal.signal(signal.SIGUSR2, leave)
+    try:
+        with pytest.raises(type(answer)):
+            work.work_on(0, [], task)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    trial = store.trial(0)
+    assert trial.state is TrialState.WAITING and trial.user_attrs["attempts"] == attempts
+    assert "preempted by SIGUSR2" in trial.user_attrs["interrupted"] and work.leaving
 
 
 def test_a_lease_of_another_machine_is_stale_when_it_is_silent() -> None:
