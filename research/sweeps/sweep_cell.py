@@ -2,6 +2,7 @@
 
 import datetime as dt
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ def search_metrics(store: TrialStore) -> dict[str, float]:
 
     search/best              the best trial's (first) objective; search/best_trial: its number
     search/<name>            the best trial's value of every searched number
+    search/best/<name>=<value>, search/trials/<name>=<value>   of every searched choice: its share of the best trials,
+                             which of several objectives are those that no other beats, and of all trials that ended
     search/hypervolume       of two objectives with a box: the share of it that the trials dominate
     search/complete, pruned, failed   trials that ended so; search/seconds: of all of them
     """
@@ -114,7 +117,16 @@ def search_metrics(store: TrialStore) -> dict[str, float]:
     volume = store.hypervolume()
     found |= {} if volume is None else {"search/hypervolume": volume}
     numbers = {k: v for k, v in best[0].params.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    ended = [trial for trial in store.trials() if trial.state.is_finished()]
+    found |= _shares("search/best", [trial.params for trial in best])
+    found |= _shares("search/trials", [trial.params for trial in ended])
     return found | {f"search/{name}": float(value) for name, value in numbers.items()}
+
+
+def _shares(prefix: str, params: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`<prefix>/<name>=<value>` -> the share of these trials that chose it; text and truth alone."""
+    chosen = Counter(f"{name}={v}" for one in params for name, v in one.items() if isinstance(v, str | bool))
+    return {f"{prefix}/{name}": count / len(params) for name, count in sorted(chosen.items())}
 
 
 def search_curve(store: TrialStore) -> list[dict[str, float | None]]:

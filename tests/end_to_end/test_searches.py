@@ -297,7 +297,8 @@ command: sweep
 claim: none
 question: Does TPE find more than random search?
 base: [hydra/sweeper=optuna_study, {", ".join(f'"{one}"' for one in tiny)}, logger=none, "evaluation.splits=[val]",
-       "hydra.sweeper.params={{optimizer.lr: 'tag(log,interval(1e-4,1e-1))'}}", hydra.sweeper.n_trials=3,
+       "hydra.sweeper.params={{optimizer.lr: 'tag(log,interval(1e-4,1e-1))', scheduler: 'choice(constant,cosine)'}}",
+       hydra.sweeper.n_trials=3,
        "hydra.sweeper.sampler.seed={{seed}}", threads=1]
 arms:
   tpe: [hydra/sweeper/study_sampler=tpe, hydra.sweeper.sampler.n_startup_trials=1]
@@ -319,6 +320,10 @@ budget: {{trials: 3}}
     best = min(rows, key=lambda row: float(row["value"]))
     assert record.metrics["search/best"] == float(best["value"])
     assert record.metrics["search/optimizer.lr"] == float(best["param:optimizer.lr"])
+    tried = [row["param:scheduler"] for row in rows]
+    for name in set(tried):
+        assert record.metrics[f"search/trials/scheduler={name}"] == tried.count(name) / 3
+        assert record.metrics.get(f"search/best/scheduler={name}", 0.0) == float(name == best["param:scheduler"])
     parts = [read_record(runs / "tpe/seed=1/sweep" / str(n) / "run.json").ledger["student_update"] for n in range(3)]
     assert record.ledger["student_update"]["flops"] == sum(part["flops"] or 0 for part in parts)
     curve = (runs / "tpe" / "seed=1" / "curve.csv").read_text().splitlines()
