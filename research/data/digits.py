@@ -1,5 +1,7 @@
 """scikit-learn's handwritten digits: 1,797 images that come with the library, so that nothing is downloaded."""
 
+import functools
+
 import numpy as np
 import torch
 
@@ -29,14 +31,21 @@ class Digits(AbstractClassData):
         return (64,)
 
     def load(self) -> dict[str, SplitTensors]:
-        from sklearn.datasets import load_digits  # seconds to import; only this data set needs it
-
-        source = load_digits()
-        inputs = torch.from_numpy(source.data.astype(np.float32)) / 16.0
-        label_N = torch.from_numpy(source.target.astype(np.int64))
+        pixels, labels = _read()
+        inputs = torch.from_numpy(pixels.astype(np.float32)) / 16.0
+        label_N = torch.from_numpy(labels.astype(np.int64))
         test = torch.zeros(len(label_N), dtype=torch.bool)
         test[stratified_ranking(label_N, torch.ones_like(test), TEST_SPLIT_SEED, self.num_classes)[:NUM_TEST]] = True
         return {
             "train": SplitTensors(inputs[~test], label_N[~test]),
             "test": SplitTensors(inputs[test], label_N[test]),
         }
+
+
+@functools.cache
+def _read() -> tuple[np.ndarray, np.ndarray]:
+    """Read once by a process, for all of its runs: pixels 0..16 [N, 64] and labels [N], of which runs take copies."""
+    from sklearn.datasets import load_digits  # seconds to import; only this data set needs it
+
+    source = load_digits()
+    return source.data, source.target
