@@ -57,6 +57,19 @@ def test_a_pruned_sweep_of_real_runs_and_its_best_file(
     assert (folder / "trials.csv").read_text() == before and (folder / "best.yaml").exists()
 
 
+def test_a_run_that_tells_its_pruner_nothing_is_warned_of(
+    distill: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Its first validation would have come after its end."""
+    seldom = ("trainer.check_val_every_n_epoch=9", "hydra/sweeper/study_pruner=median")
+    done = distill("train", "-m", *SWEEP, *tiny, *seldom, "optimizer.lr=choice(0.001,0.002)",
+                   "hydra.sweeper.study_name=digits", "evaluation.splits=[val]", "hydra.sweeper.n_trials=1",
+                   cwd=tmp_path)  # fmt: skip
+    assert done.code == 0, done.err
+    told = "".join(path.read_text() for path in (tmp_path / "outputs" / "digits" / "0").glob("*.log"))
+    assert "the pruner was told nothing" in told and "check_val_every_n_epoch" in told
+
+
 def test_accuracy_against_cost_comes_from_the_ledger(
     distill: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path
 ) -> None:
