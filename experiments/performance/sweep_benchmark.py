@@ -56,7 +56,7 @@ def main() -> None:
 
 def processes(is_quick: bool) -> dict[str, Any]:
     """As many trials of one space: one sweep in one process, and as many commands `distill train`."""
-    trials, rounds, epochs = (2, 1, 1) if is_quick else (8, 5, 10)
+    trials, rounds, epochs = (2, 1, 1) if is_quick else (8, 3, 10)
     length = f"trainer.max_epochs={epochs}"
 
     def swept(folder: Path) -> float:
@@ -81,7 +81,7 @@ def peer(is_quick: bool) -> dict[str, Any]:
     python = os.environ.get(PRERELEASE)
     if not python:
         return {"missing": f"{PRERELEASE} names no python"}
-    trials, rounds, epochs = (2, 1, 1) if is_quick else (24, 5, 10)
+    trials, rounds, epochs = (2, 1, 1) if is_quick else (24, 3, 10)
     start = [python, *START[1:]]
 
     def swept_by(sweeper: str, *more: str) -> Callable[[Path], float]:
