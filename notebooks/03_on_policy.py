@@ -49,7 +49,10 @@ from research.teachers.load import load_network
 from research.text.templates import Plain
 
 ROOT = Path.cwd() if (Path.cwd() / "experiments").is_dir() else Path.cwd().parent
-STUDIES = ["method_table", "distill_vs_rl", "strong_to_weak", "pass_at_k", "divergence_direction", "two_modes"]
+STUDIES = [
+    "method_table", "distill_vs_rl", "strong_to_weak", "strong_to_weak_sum2", "pass_at_k", "divergence_direction",
+    "two_modes",
+]  # fmt: skip
 FOLDERS = {name: ROOT / "experiments" / name for name in STUDIES}
 shown = [name for name in STUDIES if (FOLDERS[name] / "verdict.json").exists()]
 torch.set_num_threads(1)
@@ -106,7 +109,7 @@ else:
 # thick one is the mean wherever all seeds have been. The lines of an arm begin at its first validation, not at zero.
 
 # %%
-for name in ("method_table", "distill_vs_rl", "strong_to_weak"):
+for name in ("method_table", "distill_vs_rl", "strong_to_weak", "strong_to_weak_sum2"):
     pictures = [file for file in curve_files(read_study(FOLDERS[name])) if file.endswith("_flops.png")]
     if name not in shown:
         print(f"{name}: no results are committed yet.")
