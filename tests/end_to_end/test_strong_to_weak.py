@@ -106,7 +106,8 @@ def test_a_finished_phase_is_not_repeated(whole: Path, distill: Callable[..., An
     assert read_record(whole / "run.json").metrics == metrics, "what is refused leaves everything as it was"
 
 
-@pytest.mark.parametrize("folder", [pytest.param(FOLDERS[0], marks=pytest.mark.slow), FOLDERS[1]])
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_p81_a_run_killed_in_either_phase_goes_on(
     folder: str, whole: Path, distill: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_value_of_the_whole(tmp_path):
     generator = torch.Generator().manual_seed(0)
     student_NV, teacher_NV = (3 * torch.randn(2, 80, 6, generator=generator)).unbind(0)
