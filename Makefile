@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/distill study experiments/demo
+	$(BIN)/distill study experiments/demo hydra/launcher=joblib hydra.launcher.n_jobs=2
 	$(BIN)/distill study experiments/demo_traces hydra/launcher=joblib hydra.launcher.n_jobs=2
 	$(BIN)/distill study experiments/demo_methods hydra/launcher=joblib hydra.launcher.n_jobs=2
 
