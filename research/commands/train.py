@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 GROUPS = (
     "data", "task", "template", "model@student", "teacher", "teacher@reference", "signal_transform", "method",
-    "optimizer", "scheduler", "loop", "trainer", "logger", "experiment", "hparams_search", "debug",
+    "optimizer", "scheduler", "loop", "early_stopping", "trainer", "logger", "experiment", "hparams_search", "debug",
 )  # fmt: skip
 SHOWN = (
     "errors", "accuracy", "nll", "ece", "agreement_at_1", "kl_teacher_student", "process_valid_pass_at_1", "truncated",

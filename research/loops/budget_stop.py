@@ -69,7 +69,7 @@ class BudgetStop(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.reason is None:
             log.warning(
-                "%s after step %s, where early_stopping, trainer.max_epochs=%s or trainer.max_steps=%s ended the run: "
+                "%s after step %s, where trainer.max_epochs=%s, trainer.max_steps=%s or early_stopping ended the run: "
                 "the budget is not used up; trainer.max_epochs=-1 leaves the end to it",
                 self.budget.described(_method(pl_module).spent()), trainer.global_step, trainer.max_epochs,
                 trainer.max_steps,
