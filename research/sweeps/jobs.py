@@ -106,7 +106,10 @@ def _loop(cfg: DictConfig, parts: Parts, run_dir: Path, overrides: list[str]) ->
     if parts.method.budget is not None:
         raise ConfigError("budget ends one fit, and this loop runs several; give the loop its steps, or loop=none")
     if plain(cfg.early_stopping).get("_target_"):
-        raise ConfigError("early_stopping ends one fit, and this loop runs several; give loop=none, or a phase its own")
+        raise ConfigError(
+            "early_stopping ends one fit, and this loop runs several; give loop=none, or with "
+            "loop=strong_to_weak name it in the overrides of a phase"
+        )
     from research.sweeps.self_taught_job import SelfTaughtLoop
     from research.sweeps.strong_to_weak_job import StrongToWeakLoop
 

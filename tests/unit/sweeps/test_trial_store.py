@@ -14,6 +14,8 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 from optuna.trial import TrialState
 
 from research.errors import ConfigError
@@ -24,7 +26,7 @@ from research.sweeps.space_parser import parse_space
 from research.sweeps.storages import FlockOnFile, StorageSpec, storage_spec
 from research.sweeps.sweep_study import claim_control, differences, open_study, refuse_foreign_runs
 from research.sweeps.sweep_terms import SweepTerms
-from research.sweeps.trial_runs import RunPlan, TrialRuns, plain_returned
+from research.sweeps.trial_runs import RunPlan, TrialRuns, _wait, plain_returned
 from research.sweeps.trial_store import TrialStore
 from research.sweeps.trial_work import TrialWork, portable
 
@@ -287,6 +289,18 @@ def test_only_a_job_that_starts_again_costs_a_preempted_trial_nothing(
     trial = store.trial(0)
     assert trial.state is TrialState.WAITING and trial.user_attrs["attempts"] == attempts
     assert "preempted by SIGUSR2" in trial.user_attrs["interrupted"] and work.leaving
+
+
+def test_a_result_that_cannot_be_told_fails_the_trial(store: TrialStore, tmp_path: Path) -> None:
+    """Where it ran and at once: left to its lease it would look as if its process had died."""
+    store.add_tickets([None])
+    taken = store.take(space_of(), 0)
+    assert taken is not None
+    work = TrialWork(store, space_of(), TrialRuns(cast(Any, None), cast(Any, None), RunPlan()), str(tmp_path))
+    with pytest.raises(InterpolationResolutionError):
+        work.work_on(0, [], lambda: OmegaConf.create({"loss": "${nowhere}"}))
+    trial = store.trial(0)
+    assert trial.state is TrialState.FAIL and "nowhere" in trial.user_attrs["reason"]
 
 
 def test_a_lease_of_another_machine_is_stale_when_it_is_silent() -> None:
@@ -581,3 +595,22 @@ def test_a_run_of_its_own_dies_with_the_process_that_waits_for_it() -> None:
     while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z" and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_run_of_its_own_is_ended_with_a_job_that_leaves() -> None:
+    """A launcher leaves by an exit, not by Ctrl-C: the child would go on beside whoever takes the trial next."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(144)
+
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    before = signal.signal(signal.SIGALRM, leave)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(SystemExit):
+            _wait(child)
+        assert child.poll() == -signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        child.kill()
+        child.wait()
