@@ -14,6 +14,11 @@ def this_process() -> dict[str, Any]:
     return {"host": _host(), "pid": os.getpid(), "start": _start_of(os.getpid())}
 
 
+def is_this_process(owner: Mapping[str, Any] | None) -> bool:
+    """Whether an owner is this very process."""
+    return {key: (owner or {}).get(key) for key in this_process()} == this_process()
+
+
 def is_same_machine(owner: Mapping[str, Any]) -> bool:
     """Whether an owner's process numbers mean anything here."""
     return owner.get("host") == _host()

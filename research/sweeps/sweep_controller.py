@@ -13,6 +13,7 @@ from typing import Any
 from research.errors import ConfigError
 from research.loops.signals import handled
 from research.sweeps.grammar import quoted
+from research.sweeps.owners import is_alive, is_same_machine, is_this_process
 from research.sweeps.repeating import repeating
 from research.sweeps.sweep_plan import SweepPlan
 from research.sweeps.sweep_points import copy_trials, points_by_hand, study_to_copy, top_up, trial_target
@@ -215,7 +216,7 @@ class SweepController:
         while running and time.monotonic() < deadline:
             for number in running:
                 lease = self.store.trial(number).user_attrs.get("lease")
-                if not lease or _is_mine(lease) or not _lives(lease):
+                if not lease or is_this_process(lease) or not _lives(lease):
                     self.store.interrupted(number, reason, counts=counts)
             running = [n for n in running if self.store.trial(n).state is TrialState.RUNNING]
             if running:
@@ -224,7 +225,7 @@ class SweepController:
     def _leave_none_taken(self) -> None:
         """Let trials wait again that this process took and did not come to run: nothing of its own runs any more."""
         for trial in self.store.trials():
-            if trial.state.name == "RUNNING" and _is_mine(trial.user_attrs.get("lease") or {}):
+            if trial.state.name == "RUNNING" and is_this_process(trial.user_attrs.get("lease")):
                 self.store.interrupted(trial.number, "its command ended before it began", counts=False)
 
     def _wait_for_the_dying(self, *, counts: bool) -> None:
@@ -233,7 +234,7 @@ class SweepController:
         while time.monotonic() < deadline and self.store.counts().running:
             for number in [trial.number for trial in self.store.trials() if trial.state.name == "RUNNING"]:
                 lease = self.store.trial(number).user_attrs.get("lease") or {}
-                if lease and (_is_mine(lease) or not _lives(lease)):
+                if lease and (is_this_process(lease) or not _lives(lease)):
                     self.store.interrupted(number, "its worker died", counts=counts)
             time.sleep(0.2)
 
@@ -272,12 +273,4 @@ def _consecutive(batch: Sequence[tuple[int, list[str]]]) -> Iterator[list[tuple[
 
 
 def _lives(lease: Mapping[str, Any]) -> bool:
-    from research.sweeps.owners import is_alive, is_same_machine
-
     return not is_same_machine(lease) or is_alive(lease)
-
-
-def _is_mine(lease: Mapping[str, Any]) -> bool:
-    from research.sweeps.owners import this_process
-
-    return {key: lease.get(key) for key in ("host", "pid", "start")} == this_process()

@@ -50,6 +50,7 @@ def build_sweep_report(store: TrialStore, sweep_dir: Path, compose: Compose | No
 def trial_row(trial: "FrozenTrial", terms: SweepTerms) -> dict[str, Any]:
     """One trial as a row: number, state, values, parameters, where it lies, what it took and why it failed."""
     attrs = trial.user_attrs
+    begun = attrs.get("begun", {})
     values = dict(zip(value_names(terms), trial.values or [None] * len(terms.directions), strict=True))
     spread = dict(zip(value_names(terms), attrs.get("standard_deviation", []), strict=False))
     return {
@@ -62,13 +63,13 @@ def trial_row(trial: "FrozenTrial", terms: SweepTerms) -> dict[str, Any]:
         "feasible": all(overstepped <= 0 for overstepped in trial.constraints.values()) if terms.constraints else None,
         "last_step": max(trial.intermediate_values, default=None),
         "seconds": attrs.get("seconds"),
-        "started_at": attrs.get("started_at"),
+        "started_at": begun.get("at"),
         "attempts": attrs.get("attempts"),
         "retry_of": attrs.get("retry_of"),
         "seeds": " ".join(attrs.get("seed_results", {})) or None,
         "reason": attrs.get("reason"),
-        "host": attrs.get("host"),
-        "revision": attrs.get("revision"),
+        "host": begun.get("host"),
+        "revision": begun.get("revision"),
         "folder": attrs.get("folder"),
         "overrides": " ".join(attrs.get("overrides", [])) or None,
     }

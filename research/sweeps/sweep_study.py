@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from research.errors import ConfigError
-from research.sweeps.owners import Beats, is_same_machine, this_process
+from research.sweeps.owners import Beats, is_same_machine, is_this_process, this_process
 from research.sweeps.trial_store import TrialStore
 
 TERMS, CONTROLLER, TICKETS = "sweep", "controller", "tickets"
@@ -109,7 +109,7 @@ def claim_control(store: TrialStore, stale_s: float) -> None:
     """
     beats, first = Beats(stale_s), store.study().user_attrs.get(CONTROLLER) or {}
     held = first
-    while held and _is_other(held) and not beats.is_stale(0, held):
+    while held and not is_this_process(held) and not beats.is_stale(0, held):
         if is_same_machine(held) or held["beat"] != first["beat"]:  # alive here, or a sign of life from elsewhere
             raise ConfigError(
                 f"another command (process {held['pid']} on {str(held['host']).split()[0]}) controls the study "
@@ -125,10 +125,6 @@ def beat_control(store: TrialStore, beat: int | None) -> None:
     study_id = store.storage.get_study_id_from_name(store.terms.name)
     held = {**this_process(), "beat": beat} if beat is not None else None
     store.storage.set_study_user_attr(study_id, CONTROLLER, held)
-
-
-def _is_other(held: Mapping[str, Any]) -> bool:
-    return {key: held.get(key) for key in ("host", "pid", "start")} != this_process()
 
 
 def _compare(store: TrialStore, terms: Mapping[str, Any], on_change: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from research.errors import ConfigError
 from research.sweeps.engines import build_pruner, build_sampler
-from research.sweeps.owners import Beats, is_alive, is_same_machine, this_process
+from research.sweeps.owners import Beats, is_alive, is_same_machine, is_this_process, this_process
 from research.sweeps.repeating import repeating
 from research.sweeps.search_space import Parameter, SearchSpace
 from research.sweeps.sweep_terms import Counts, SweepTerms
@@ -214,7 +214,8 @@ class TrialStore:
         trial = self.trial(number)
         held = optuna.trial.Trial(self.study(), trial._trial_id)
         held.set_user_attr("attempts", int(trial.user_attrs.get("attempts", 0)) + 1)
-        self._write_lease(trial._trial_id, 0)
+        if not is_this_process(trial.user_attrs.get("lease")):  # claimed by the controller, for this job
+            self._write_lease(trial._trial_id, 0)
         storage, count = self.storage if self.terms.storage.name == "memory" else None, 0
 
         def beat() -> bool:

@@ -256,7 +256,7 @@ def test_temperature_and_weights_runs(
 def test_chain_ablation_runs(distill: Callable[..., Any], tmp_path: Path) -> None:
     done = distill(
         "train", "-m", "hparams_search=chain_ablation", "trainer=smoke", "data.num_train=200", "data.num_val=8",
-        "evaluation.val_problems=4", "hydra.sweeper.n_trials=2", "hydra.sweeper.seeds=[0,1]", cwd=tmp_path,
+        "evaluation.val_problems=4", "trainer.max_steps=choice(2,3)", "hydra.sweeper.n_trials=2", "hydra.sweeper.seeds=[0,1]", cwd=tmp_path,
     )  # fmt: skip
     assert done.code == 0, done.err
     rows = rows_of(tmp_path / "outputs" / "chain_ablation")
@@ -264,6 +264,8 @@ def test_chain_ablation_runs(distill: Callable[..., Any], tmp_path: Path) -> Non
     for row in rows:
         has_chain = row["param:data.trace_format"] in ("chain_then_answer", "answer_then_chain")
         assert bool(row["param:data.prompt_loss_weight"]) == has_chain, "a weight only where there is a chain"
+        progress = json.loads((Path(row["folder"]) / "seed_0" / "progress.json").read_text())
+        assert progress["step"] == int(row["param:trainer.max_steps"]), "the steps are searched too"
 
 
 @pytest.mark.slow
