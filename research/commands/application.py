@@ -13,7 +13,7 @@ from typing import Any
 FULL_ERROR = "HYDRA_FULL_ERROR"
 FAILURE, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 _NO_CHOICE = "Config group override must be"  # the one composition error that Hydra raises as a plain ValueError
-_START = "from research.commands.main import main; main()"
+_MODULE = "research.commands.main"  # a module, since Lightning starts further ranks by a script or a module
 _PRINTING_FLAGS = ("--cfg", "-c", "--info", "-i")
 
 Task = Callable[[Any], Any]
@@ -75,7 +75,7 @@ def _run(command: str, task: Task, arguments: list[str], conf_dir: Path, *, keep
     refuse_secret_overrides(arguments)
     register_schemas()
     arguments = with_experiment_file(arguments)
-    set_application_program((sys.executable, "-c", _START, command))
+    set_application_program((sys.executable, "-m", _MODULE, command))
     failures: list[BaseException] = []
     job = _guarded(command, task, failures, keep_in_job)
     printed = io.StringIO() if any(a.startswith(_PRINTING_FLAGS) for a in arguments) else None

@@ -84,3 +84,7 @@ def _help(command: str, module: ModuleType) -> str:
         "HYDRA_FULL_ERROR=1 in the environment shows an error's whole trace.",
     ]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

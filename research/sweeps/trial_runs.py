@@ -28,6 +28,7 @@ from research.sweeps.trial_context import TrialContext, within_trial
 RESULT_FILE = "trial_result.json"
 STDERR_FILE = "stderr.log"
 KILL_AFTER_S = 30.0
+TASK_OF_SRUN = ("SLURM_NTASKS", "SLURM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -142,9 +143,10 @@ class TrialRuns:
             f"hydra.run.dir={quoted(context.folder)}", callback,
         ]  # fmt: skip
         with (folder / STDERR_FILE).open("a") as errors:
-            code = _wait(
-                subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=_dies_with_parent())
+            child = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=_dies_with_parent(), env=environment()
             )
+            code = _wait(child)
         if not result.exists():
             lines = (folder / STDERR_FILE).read_text(errors="replace").strip().splitlines()[-20:]
             reason = f"the run's process ended with code {code} and no result; see {folder / STDERR_FILE}"
@@ -218,6 +220,14 @@ def _config_flags(arguments: Sequence[str]) -> tuple[str, ...]:
     folder = str(Path(given.config_dir).absolute()) if given.config_dir else None
     told = {"--config-name": given.config_name, "--config-path": given.config_path, "--config-dir": folder}
     return tuple(text for flag, value in told.items() if value for text in (flag, value))
+
+
+def environment() -> dict[str, str]:
+    """For a child: this process's, but for what says that srun started it. It did not, and the ranks are the child's.
+
+    Lightning takes the task that a cluster's launcher gave this worker for its own, and refuses a second rank.
+    """
+    return {name: value for name, value in os.environ.items() if not name.startswith(TASK_OF_SRUN)}
 
 
 def _dies_with_parent() -> Callable[[], None] | None:

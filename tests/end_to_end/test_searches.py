@@ -57,6 +57,25 @@ def test_a_pruned_sweep_of_real_runs_and_its_best_file(
     assert (folder / "trials.csv").read_text() == before and (folder / "best.yaml").exists()
 
 
+@pytest.mark.slow
+def test_a_trial_that_trains_on_two_ranks(distill: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path) -> None:
+    """A process of its own for every trial, started so that Lightning can start its further rank the same way."""
+    done = distill(
+        "train", "-m", *SWEEP, *tiny, "optimizer.lr=0.003,0.001", "hydra/sweeper/study_sampler=grid",
+        "trainer.accelerator=cpu", "trainer.devices=2", "hydra.sweeper.subprocess=true",
+        "hydra.sweeper.study_name=ranks", "evaluation.splits=[val]", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    rows = rows_of(tmp_path / "outputs" / "ranks")
+    told = [(Path(row["folder"]) / "stderr.log").read_text()[-500:] for row in rows]
+    assert [row["state"] for row in rows] == ["complete"] * 2, told
+    for row in rows:
+        record = read_record(Path(row["folder"]) / "run.json")
+        assert record.metrics["val/errors"] == float(row["value"])
+        assert record.config["optimizer"]["lr"] == float(row["param:optimizer.lr"])
+        assert record.config["trainer"]["devices"] == 2
+
+
 def test_a_run_that_tells_its_pruner_nothing_is_warned_of(
     distill: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -256,7 +275,8 @@ def test_temperature_and_weights_runs(
 def test_chain_ablation_runs(distill: Callable[..., Any], tmp_path: Path) -> None:
     done = distill(
         "train", "-m", "hparams_search=chain_ablation", "trainer=smoke", "data.num_train=200", "data.num_val=8",
-        "evaluation.val_problems=4", "trainer.max_steps=choice(2,3)", "hydra.sweeper.n_trials=2", "hydra.sweeper.seeds=[0,1]", cwd=tmp_path,
+        "evaluation.val_problems=4", "trainer.max_steps=choice(2,3)",
+        "hydra.sweeper.n_trials=2", "hydra.sweeper.seeds=[0,1]", cwd=tmp_path,
     )  # fmt: skip
     assert done.code == 0, done.err
     rows = rows_of(tmp_path / "outputs" / "chain_ablation")

@@ -254,8 +254,18 @@ def test_a_trial_is_the_mean_over_its_seeds(alone: bool, sweep: Callable[..., Sw
 
 
 @SLOW
-def test_every_rank_of_a_trial_has_the_trials_own_values(sweep: Callable[..., Sweep]) -> None:
-    """Two real processes under DDP; the sweeper itself refuses to begin in a further rank."""
+@pytest.mark.parametrize("within", ["nothing", pytest.param("srun", marks=SLOW)])
+def test_every_rank_of_a_trial_has_the_trials_own_values(
+    within: str, sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two real processes under DDP; the sweeper itself refuses to begin in a further rank.
+
+    within   srun: in a task of a SLURM job, whose variables Lightning would take for its own ranks'
+    """
+    if within == "srun":
+        for name, value in {"NTASKS": 1, "NTASKS_PER_NODE": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NNODES": 1,
+                            "JOB_ID": 7, "JOB_NAME": "sweep", "NODELIST": "localhost"}.items():  # fmt: skip
+            monkeypatch.setenv(f"SLURM_{name}", str(value))
     search = sweep("x=interval(-5,5)", "ranks=2", "hydra.sweeper.n_trials=2", "hydra.sweeper.subprocess=true")
     out = search.run()
     rows = search.rows()

@@ -165,6 +165,59 @@ def test_a_preempted_job_is_gone_on_with(mode: str, tmp_path: Path) -> None:
     assert [row["attempts"] for row in rows] == ["1", "1"], "a preemption is no fault of the trial"
 
 
+def has_slurm() -> bool:
+    """Whether a SLURM cluster takes jobs here."""
+    if not (shutil.which("sinfo") and shutil.which("sbatch")):
+        return False
+    told = subprocess.run(["sinfo", "-h", "-o", "%a %T"], capture_output=True, text=True, check=False)
+    return any(line.split()[:1] == ["up"] and "down" not in line for line in told.stdout.splitlines())
+
+
+SLURM = ("hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=60", "hydra.launcher.mem_gb=null")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_slurm(), reason="no SLURM here: apt-get install slurmctld slurmd munge")
+@pytest.mark.parametrize("mode", ["batch", "workers"])
+def test_slurm_runs_a_sweep_and_takes_a_job_back(mode: str, tmp_path: Path) -> None:
+    """On a real cluster, whose controller sends the job the signal that submitit asked for, and starts it again.
+
+    SLURM lets a job that is started again wait for two minutes.
+    """
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    command = start(
+        tmp_path, "x=interval(-5,5)", "sleep=5", *SLURM, "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1",
+        f"hydra.sweeper.mode={mode}", f"hydra.sweep.dir={tmp_path}/sweep",
+    )  # fmt: skip
+    began, deadline = tmp_path / "sweep" / "0" / "began.txt", time.monotonic() + 120
+    while not (began.exists() and began.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    number = next((tmp_path / "sweep").glob("**/*_submitted.pkl")).name.split("_")[0]
+    subprocess.run(["scancel", "--signal=USR2", number], check=True)
+    told, _ = command.communicate(timeout=400)
+    rows = rows_of(tmp_path / "sweep")
+    assert [row["state"] for row in rows] == ["complete"] * 2, told
+    assert len(began.read_text().split()) == 2, "begun again, in another process"
+    assert [row["attempts"] for row in rows] == ["1", "1"], "a preemption is no fault of the trial"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_slurm(), reason="no SLURM here: apt-get install slurmctld slurmd munge")
+def test_a_trial_of_two_ranks_on_slurm(tmp_path: Path) -> None:
+    """The ranks are the trial's own, not the tasks of the worker's job."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    command = start(
+        tmp_path, "x=interval(-5,5)", "ranks=2", *SLURM, "hydra.sweeper.n_trials=2", "hydra.sweeper.mode=workers",
+        "hydra.sweeper.subprocess=true", "hydra.launcher.cpus_per_task=2", f"hydra.sweep.dir={tmp_path}/sweep",
+    )  # fmt: skip
+    told, _ = command.communicate(timeout=240)
+    rows = rows_of(tmp_path / "sweep")
+    assert [row["state"] for row in rows] == ["complete"] * 2, told
+    for row in rows:
+        ranks = [(Path(row["folder"]) / f"rank_{rank}.txt").read_text().split()[0] for rank in (0, 1)]
+        assert ranks == [row["param:x"]] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get(RAY), reason=f"{RAY} names no python with the extra ray")
 @pytest.mark.parametrize("mode", ["batch", "workers"])

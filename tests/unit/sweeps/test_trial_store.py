@@ -1,5 +1,7 @@
 """A sweep's trials in a storage: taken once, leased, told once, given back when their process died."""
 
+import gc
+import json
 import multiprocessing
 import os
 import pickle
@@ -24,6 +26,7 @@ from research.sweeps.owners import Beats, is_alive, this_process
 from research.sweeps.search_space import SearchSpace
 from research.sweeps.space_parser import parse_space
 from research.sweeps.storages import FlockOnFile, StorageSpec, storage_spec
+from research.sweeps.sweep_report import trial_row
 from research.sweeps.sweep_study import claim_control, differences, open_study, refuse_foreign_runs
 from research.sweeps.sweep_terms import SweepTerms
 from research.sweeps.trial_runs import RunPlan, TrialRuns, _wait, plain_returned
@@ -301,6 +304,24 @@ def test_a_result_that_cannot_be_told_fails_the_trial(store: TrialStore, tmp_pat
         work.work_on(0, [], lambda: OmegaConf.create({"loss": "${nowhere}"}))
     trial = store.trial(0)
     assert trial.state is TrialState.FAIL and "nowhere" in trial.user_attrs["reason"]
+
+
+def test_a_trial_is_nine_writes_to_its_storage(tmp_path: Path) -> None:
+    """Each waits for the disk or a database: taken, lease, value, overrides, folder, attempt, begun, seconds, told."""
+    store = store_of(spec_of("journal", tmp_path))
+    store.add_tickets([None])
+    journal = tmp_path / "study.journal"
+    before = len(journal.read_text().splitlines())
+    taken = store.take(space_of(), 0)
+    assert taken is not None
+    work = TrialWork(store, space_of(), TrialRuns(cast(Any, None), cast(Any, None), RunPlan()), str(tmp_path))
+    assert work.work_on(0, work.prepare(taken), lambda: 1.5) == 1.5
+    written = [json.loads(line) for line in journal.read_text().splitlines()[before:]]
+    assert len(written) == 8 + len(taken.params), written
+    assert gc.get_freeze_count() > 0, "what start-up left is out of the collector's rounds"
+    row = trial_row(store.trial(0), store.terms)
+    assert (row["host"], row["attempts"], row["folder"]) == (os.uname().nodename, 1, str(tmp_path / "0"))
+    assert row["started_at"] and row["value"] == 1.5 and row["seconds"] > 0
 
 
 def test_a_lease_of_another_machine_is_stale_when_it_is_silent() -> None:
