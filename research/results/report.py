@@ -150,12 +150,15 @@ def _secondary(
     """The secondary comparisons for verdict.json, judged by Holm-adjusted p, and a line of text for each."""
     adjusted = holm({name: result.p_value for name, result in results.items()})
     entries, lines = {}, []
+    conditions = {spec.only_if for spec in (study.comparison, *study.secondary.values())}
     for name, spec in study.secondary.items():
         verdict, reason = judge(spec, results[name], adjusted[name], held)
         reason = reason.replace("p is not", "Holm p is not")
         head = {"verdict": verdict, "reason": reason, "metric": spec.metric, "kind": spec.kind}
         entries[name] = head | comparison_entry(results[name]) | {"p_holm": rounded(adjusted[name])}
         holm_text = f" Holm p = {adjusted[name]:.3g}." if adjusted[name] is not None else ""
+        if held[name] and verdict != HOLDS and name in conditions:
+            holm_text += " As a condition of another comparison it is judged by itself, and holds."
         lines.append(f"{name}: **{verdict}**. {sentence_for(spec, results[name], verdict, reason)}{holm_text}")
     return entries, lines
 

@@ -387,6 +387,22 @@ def test_a_comparison_counts_only_where_its_condition_holds(
     assert ("it counts only where learns holds, and that does not." in readme) == (verdict == "INCONCLUSIVE")
 
 
+def test_a_condition_is_judged_by_itself_and_the_report_says_so(workshop, study_text: str) -> None:
+    """Among many comparisons Holm's correction keeps it from a verdict of its own; as a condition it still holds."""
+    same = "{kind: difference, baseline: hard, treatment: soft, threshold: 5.0}"
+    text = study_text.replace("treatment: soft}", "treatment: soft, only_if: learns}", 1)
+    text = text.replace("secondary:", f"secondary:\n  learns: {same}" + "".join(f"\n  m{n}: {same}" for n in range(9)))
+    study = workshop.study(text)
+    workshop.fill(study, {"hard": 60, "soft": 30})
+    collect(study, workshop.runs)
+    build_report(study.path.parent)
+    told = json.loads((study.path.parent / "verdict.json").read_text())
+    assert (told["verdict"], told["secondary"]["learns"]["verdict"]) == ("HOLDS", "INCONCLUSIVE")
+    lines = (study.path.parent / "README.md").read_text().splitlines()
+    by_itself = [line.split(":")[0] for line in lines if "judged by itself, and holds." in line]
+    assert by_itself == ["* learns"]
+
+
 def test_a_condition_must_be_another_secondary_comparison(workshop, study_text: str) -> None:
     text = study_text.replace("treatment: soft}", "treatment: soft, only_if: gap_close}", 1)
     with pytest.raises(StudyError, match=r"comparison.only_if is 'gap_close'; .*gap_closed"):
