@@ -34,6 +34,7 @@ RUN = ["task=sum8", "task.highest=9", "template=plain", "data=prompts", "data.nu
 METHODS = {
     "on_policy": (ROWS, ["method=on_policy", "teacher=frozen"]),
     "policy_gradient": (ROWS // SAMPLES, ["method=policy_gradient", f"method.num_samples={SAMPLES}"]),
+    "rounded_teacher": (ROWS, ["method=on_policy", "teacher=frozen", "teacher.dtype=bfloat16"]),
 }
 
 
