@@ -225,6 +225,7 @@ def check_equal_ends(cut: Path, whole: Path) -> None:
     assert weights[0] == weights[1], "and with the same weights"
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_run_goes_on_from_its_checkpoint(
     search_of_two: Callable[..., "subprocess.Popen[bytes]"], tmp_path: Path
 ) -> None:

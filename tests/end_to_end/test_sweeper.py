@@ -455,6 +455,7 @@ def test_any_application_with_any_ends(more: tuple[str, ...], tmp_path: Path) ->
     assert (search.folder / "2" / "seed_1" / "here.txt").read_text() == "x", "where the run's own folder is"
 
 
+@SLOW
 def test_a_template_of_folders_gives_every_trial_its_own(sweep: Callable[..., Sweep]) -> None:
     search = sweep("x=1,2", "hydra/sweeper/study_sampler=random", "hydra.sweep.subdir=x_${x}", "hydra.sweeper.n_jobs=2")
     search.run("hydra.sweeper.n_trials=3")
