@@ -37,7 +37,9 @@ from research.evaluation.completions import write_completions
 from research.evaluation.token_distances import token_distances
 from research.generation.in_process import LocalGenerator
 from research.records import Sampling
+from research.results.break_even import break_even, pareto_front
 from research.results.curve_figure import curve_files
+from research.results.curves import CURVES_FILE, read_study_curves
 from research.results.exposure import EXPOSURE_FILE, exposure_by_place
 from research.results.statistics import summarise
 from research.results.study_file import read_study
@@ -118,6 +120,44 @@ for name in ("method_table", "distill_vs_rl", "strong_to_weak", "strong_to_weak_
     for file in pictures:
         display(Image(str(FOLDERS[name] / file), width=900))
     print(study_table(FOLDERS[name]))
+
+# %% [markdown]
+# ### When a teacher has paid for itself (claim C27)
+#
+# Someone pays for the teacher, once. *Free* counts what a student's own run spends; *charged* adds the whole teacher
+# and the writing of its traces to that one student. A star marks the front: no other arm is better at no greater cost.
+# k\* is how many students must share the teacher before distilling them is cheaper than RL: the teacher's cost, over
+# what a student saves on the way to where GRPO ends.
+
+# %%
+name, metric = "method_table", "val/sampled_accuracy"
+if name not in shown:
+    print(f"{name}: no results are committed yet.")
+else:
+    study = read_study(FOLDERS[name])
+    runs = [row for row in csv.read_csv(FOLDERS[name] / "results.csv").to_pylist() if row["status"] == "completed"]
+    points = {}
+    for arm in (arm for arm in study.arms if arm != "base"):
+        found = [row for row in runs if row["role"] == "arm" and row["arm"] == arm]
+        own, teacher = (
+            sum(sum(row[f"{part}_flops"] or 0.0 for part in parts) for row in found) / len(found) / 1e12
+            for parts in (("student_update", "rollout", "prompt_prefill", "teacher_scoring"), ("teacher_training",))
+        )
+        points[arm] = (summarise([row[study.metric] for row in found]).mean, own, own + teacher)
+    lines = ["| method | sampled pass@1 | free, TFLOP | charged, TFLOP |", "|---|--:|--:|--:|"]
+    fronts = [pareto_front({arm: (point[0], point[at]) for arm, point in points.items()}) for at in (1, 2)]
+    for arm, (score, free, charged) in points.items():
+        stars = [" *" if arm in front else "" for front in fronts]
+        lines.append(f"| {arm} | {score:.3f} | {free:.2f}{stars[0]} | {charged:.2f}{stars[1]} |")
+    curves = read_study_curves(FOLDERS[name] / CURVES_FILE, study)
+    told = ["| distilled by | to GRPO's level, TFLOP | GRPO, TFLOP | k* | 95 % interval |", "|---|--:|--:|--:|--:|"]
+    for arm in ("sft_trace", "on_policy"):
+        teacher = 1e12 * (points[arm][2] - points[arm][1])
+        paid = break_even(curves["grpo"], curves[arm], metric, teacher)
+        ends = " to ".join("no end" if end is None else f"{end:.2f}" for end in (paid.low, paid.high))
+        few = "-" if paid.students is None else f"{paid.students:.2f}"
+        told.append(f"| {arm} | {paid.distilled / 1e12:.2f} | {paid.direct / 1e12:.2f} | {few} | {ends} |")
+    display(Markdown("\n".join(lines) + "\n\n" + "\n".join(told)))
 
 # %% [markdown]
 # ## 3. Wider or only sharper? (claim C33)

@@ -287,7 +287,7 @@ class TrainingRun:
         """Over all fits of a resumed run; a loop that runs several says what is its own."""
         seconds = self.method.earlier_seconds + outcome.seconds
         ledger = ledger_of(self.method, seconds, is_text=isinstance(self.data, TraceData))
-        if isinstance(self.data, TraceData) and self.data.store_folders:
+        if isinstance(self.data, TraceData) and self.data.store_folders and self.method.takes_stored_traces:
             teacher = self.method.teacher
             charged = [teacher.identity.sha256] if teacher is not None and self.method.teacher_rows else []
             ledger = with_traces(ledger, self.data.store_folders, charged)

@@ -123,6 +123,11 @@ class AbstractMethod(L.LightningModule, ABC):
     def teacher(self) -> AbstractTeacher | None:
         return self._teacher_box[0]
 
+    @property
+    def takes_stored_traces(self) -> bool:
+        """Whether stored traces are trained on where the data hold any: a run is charged for their writing."""
+        return True
+
     def teacher_signal(self, batch: Batch) -> TeacherSignal:
         """The teacher's signal for a batch, its wall time added to the ledger."""
         if self.teacher is None:
@@ -142,7 +147,8 @@ class AbstractMethod(L.LightningModule, ABC):
         Seconds leave validation out.
         """
         rollout, earlier = self.rollout_cost, self.earlier_seconds
-        flops = None if rollout.flops is None else self.update_flops + rollout.flops + self.teacher_flops
+        is_known = rollout.flops is not None and not math.isnan(self.teacher_flops)
+        flops = self.update_flops + (rollout.flops or 0.0) + self.teacher_flops if is_known else None
         tokens = self.tokens_seen + rollout.prompt_tokens + rollout.tokens + self.teacher_tokens
         running = time.perf_counter() - self._fit_started
         return Spent(flops, tokens, earlier + running - self.validation_seconds)

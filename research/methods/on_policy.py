@@ -179,8 +179,16 @@ class OnPolicy(AbstractMethod):
                 f"method.divergence is {name} and method.temperature {self.temperature} with objective=sampled_token, "
                 "which estimates the reverse KL at the sampling temperature; give reverse_kl and 1"
             )
+        if not self._needs_logprobs and self._clip != {"clip_low": 1.0, "clip_high": float("inf")}:
+            raise ConfigError(
+                "method.clip_low and method.clip_high belong to objective=sampled_token and to a reward; leave them"
+            )
         if self.objective == "divergence" and self._advantage_options != untouched:
             raise ConfigError("method.credit and method.advantage_bound belong to objective=sampled_token; leave them")
+
+    @property
+    def takes_stored_traces(self) -> bool:
+        return self.on_policy_fraction < 1
 
     # -- set up -------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """The part that every method shares whose student writes while it is trained: draw, grade, watch, and lay out."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ from research.methods.rollouts import (
 from research.models.modes import eval_mode
 from research.records import HiddenProjection, PromptBatch, PromptRow, Sampling, TokenBatch
 from research.tasks.grading import Grader
+
+log = logging.getLogger(__name__)
 
 # Nats per token, mean, by which the sampler may differ from the network that is trained: rounding alone.
 MOST_ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-3}
@@ -111,6 +114,12 @@ class OwnWords:
         """Sample from this network the problems of these data, graded by their own verifier."""
         codec = data.codec
         self._network, self._pad_id, self._vocab_size = network, codec.pad_id, codec.vocab_size
+        if data.steps_per_rollout > 1 and not self._draws_the_policy:
+            log.warning(
+                "data.steps_per_rollout is %s with top_p=%s and sampling_temperature=%s: how far the student has left "
+                "its own samples is logged, but method.max_sampler_kl cannot bound it, since they are not drawn from "
+                "its whole distribution", data.steps_per_rollout, self.sampling.top_p, self.sampling.temperature,
+            )  # fmt: skip
         self._reward = VerifierReward(Grader(data.task, codec.template, codec.layout), self._step_reward)
         self._buffer.connect(network, data)
 
@@ -194,7 +203,9 @@ class OwnWords:
         with eval_mode(self._network):
             logits_NV = logits_at(self._network, step.tokens, self._vocab_size)
         logprob_N = self.logprobs(logits_NV, step)
-        gap = float((sampler_logprobs(step.rollouts, logprob_N) - logprob_N).abs().mean())
+        gaps_N = (sampler_logprobs(step.rollouts, logprob_N) - logprob_N).abs()
+        total, places = sum_over_ranks([float(gaps_N.sum()), float(len(gaps_N))])  # what stops one rank stops all
+        gap = total / places
         bound = MOST_ROUNDING.get(logits_NV.dtype, MOST_ROUNDING_OF_HALF)
         if not gap <= bound:
             raise RolloutError(

@@ -1,6 +1,7 @@
 """Policy gradient with an answer key: GRPO and its de-biased form, the baseline for distillation."""
 
 import copy
+from collections.abc import Callable
 from itertools import compress
 from typing import Any
 
@@ -24,6 +25,7 @@ from research.methods.sampled_places import check_policy_sampling, check_reducti
 from research.methods.soft_target import check_weights
 from research.methods.token_validation import METRICS as TOKEN_METRICS
 from research.methods.token_validation import log_token_validation
+from research.models.flops import flops_by_length
 from research.models.weights import weights_sha256
 from research.records import Batch, PromptBatch, Sampling, TokenBatch
 from research.teachers.base import AbstractTeacher
@@ -106,12 +108,18 @@ class PolicyGradient(AbstractMethod):
         self._start_sha256 = None if start is None else weights_sha256(start)
         self._trained: TokenBatch | None = None
         self._kept_counts: tuple[int, StepCounts] = (-1, StepCounts(0, 0))
+        self._start_flops_of_length: Callable[[int], float] | None = None
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage != "fit":
             return
         trainer: Any = self.trainer
+        if trainer.datamodule.num_stored:
+            raise ConfigError(
+                f"data.num_stored is {trainer.datamodule.num_stored}, and method=policy_gradient trains on what the "
+                "student writes alone; give data.num_stored=0"
+            )
         self._vocab_size = trainer.datamodule.codec.vocab_size
         self._own_words.connect(self.student, trainer.datamodule)
         if self._start_box[0] is not None:
@@ -149,10 +157,19 @@ class PolicyGradient(AbstractMethod):
         return value_R.view(-1, self._own_words.sampling.num_samples)
 
     def _kl_to_start(self, step: OwnStep, logprob_N: Tensor) -> Tensor:
+        """The penalty at every place; the start's forward pass is charged with the student's update."""
         with torch.no_grad():
             start_NV = logits_at(self._start_box[0], step.tokens, self._vocab_size)
             start_N = self._own_words.logprobs(start_NV, step)
+        self._step_flops += self._start_flops(step.tokens)
         return kl_penalty(self.kl_estimator, logprob_N, start_N)
+
+    def _start_flops(self, tokens: TokenBatch) -> float:
+        if self._start_flops_of_length is None:
+            inputs = tokens.network_inputs()
+            self._start_flops_of_length = flops_by_length(self.student, inputs, backward=False)
+        rows, length = tokens.ids_BT.shape
+        return self._start_flops_of_length(int(length)) * int(rows)
 
     def _kept(self, reward_PG: Tensor) -> Tensor:
         """Which rollouts count in the mean, [R]: all of them, or those of groups that differ in their rewards."""

@@ -21,7 +21,7 @@ from research.results.statistics import sign_flip_p, smallest_p
 HOLDS, FAILS, INCONCLUSIVE = "HOLDS", "FAILS", "INCONCLUSIVE"
 LEVEL = 0.05
 TWO_SIDED = ("difference", "interaction")
-ONE_SIDED = ("share", "ratio", "equivalence", "best_level", "trend")
+ONE_SIDED = ("share", "gain_ratio", "ratio", "equivalence", "best_level", "trend")
 MINIMUM_SEEDS = dict.fromkeys(TWO_SIDED, 6) | dict.fromkeys(ONE_SIDED, 5)
 
 
@@ -186,7 +186,8 @@ def trend_levels(spec: ComparisonSpec, panel: Panel) -> list[str]:
 def _unit(spec: ComparisonSpec) -> str:
     metric = spec.metric.partition("/")[2]
     per = f"{metric} per {'doubling of ' if spec.scale == 'log2' else ''}{spec.factor}"
-    return {"share": "share of the gap", "ratio": f"ratio of {metric}", "trend": per}.get(spec.kind, metric)
+    units = {"share": "share of the gap", "ratio": f"ratio of {metric}", "trend": per}
+    return (units | {"gain_ratio": f"ratio of gains in {metric}"}).get(spec.kind, metric)
 
 
 def _read_difference(spec: ComparisonSpec, operands: list[Operand], draws: list[np.ndarray]) -> _Reading:
@@ -217,6 +218,21 @@ def _read_share(spec: ComparisonSpec, operands: list[Operand], draws: list[np.nd
     return _Reading(float((worst - treated).mean()) / gap if gap > 0 else None, low_D, high_D, contrast)
 
 
+def _read_gain_ratio(spec: ComparisonSpec, operands: list[Operand], draws: list[np.ndarray]) -> _Reading:
+    """(treatment - start) / (baseline - start), of the means; above 1 the treatment has gained more.
+
+    Of arms that spent equal budgets it is the ratio of what they gained per FLOP. The test is on the treatment's gain
+    less ``threshold`` times the baseline's.
+    """
+    sign = -1.0 if spec.lower_is_better else 1.0
+    start, baseline, treatment = (sign * operand.values_S for operand in operands)
+    start_D, baseline_D, treatment_D = (sign * column for column in draws)
+    gain = float((baseline - start).mean())
+    low_D, high_D = ratio_draws(treatment_D - start_D, baseline_D - start_D)
+    contrast = (treatment - start) - spec.threshold * (baseline - start)
+    return _Reading(float((treatment - start).mean()) / gain if gain > 0 else None, low_D, high_D, contrast)
+
+
 def _read_ratio(spec: ComparisonSpec, operands: list[Operand], draws: list[np.ndarray]) -> _Reading:
     """before / after, of the means; the test asks for before - threshold x after > 0."""
     before, after = operands
@@ -241,6 +257,7 @@ _READERS: dict[str, Callable[[ComparisonSpec, list[Operand], list[np.ndarray]], 
     "equivalence": _read_difference,
     "interaction": _read_interaction,
     "share": _read_share,
+    "gain_ratio": _read_gain_ratio,
     "ratio": _read_ratio,
     "trend": _read_trend,
 }

@@ -4,6 +4,7 @@
 |---|---|---|
 | difference | baseline, treatment | treatment is better by more than ``threshold`` (0) |
 | share | worst, treated, best | (worst - treated) / (worst - best) > ``threshold`` (0) |
+| gain_ratio | start, baseline, treatment | (treatment - start) / (baseline - start) > ``threshold`` (1) |
 | ratio | before, after | before / after > ``threshold`` (1) |
 | equivalence | baseline, treatment | the difference lies inside +- ``margin`` |
 | best_level | arm | best level of ``factor`` at ``group`` = ``low_group`` is below that at ``high_group`` |
@@ -22,6 +23,7 @@ from research.results.fields import Fields, StudyError, label_of, nearest
 OPERANDS: dict[str, tuple[str, ...]] = {
     "difference": ("baseline", "treatment"),
     "share": ("worst", "treated", "best"),
+    "gain_ratio": ("start", "baseline", "treatment"),
     "ratio": ("before", "after"),
     "equivalence": ("baseline", "treatment"),
     "interaction": ("baseline", "treatment"),
@@ -31,6 +33,7 @@ OPERANDS: dict[str, tuple[str, ...]] = {
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "difference": ("threshold",),
     "share": ("threshold",),
+    "gain_ratio": ("threshold",),
     "ratio": ("threshold",),
     "equivalence": ("margin",),
     "interaction": ("threshold", "group", "low_group", "high_group"),
@@ -106,7 +109,7 @@ def parse_comparison(fields: Fields, declared: Declared) -> ComparisonSpec:
         metric=fields.text("metric", declared.metric),
         lower_is_better=fields.boolean("lower_is_better", declared.lower_is_better),
         operands=operands,
-        threshold=fields.number("threshold", 1.0 if kind == "ratio" else 0.0),
+        threshold=fields.number("threshold", 1.0 if kind in ("ratio", "gain_ratio") else 0.0),
         margin=fields.number("margin") if kind == "equivalence" else None,
         factor=fields.choice("factor", declared.factors) if "factor" in _OPTIONS[kind] else "",
         group=fields.choice("group", declared.factors) if kind in _GROUPED else "",

@@ -19,7 +19,8 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 def sentence_for(spec: ComparisonSpec, result: Comparison, verdict: str, reason: str) -> str:
     """What was found, with its interval, p, number of seeds and, where it matters, the smallest p they can give."""
     if result.estimate is None:
-        found = "nothing to compare" if not result.n else "the gap to be shared is not above 0"
+        lacking = "the baseline gains nothing" if spec.kind == "gain_ratio" else "the gap to be shared is not above 0"
+        found = "nothing to compare" if not result.n else lacking
         return f"{found} ({reason})." if reason else f"{found}."
     interval = ""
     if result.low is not None or result.high is not None:
@@ -52,6 +53,9 @@ def _finding(spec: ComparisonSpec, estimate: float) -> str:
         return f"in {metric}, {name['treatment']} is {gain} at {more}"
     if spec.kind == "share":
         return f"{name['treated']} closes {estimate:.0%} of the gap in {metric} from {name['worst']} to {name['best']}"
+    if spec.kind == "gain_ratio":
+        gain = f"the gain of {name['treatment']} over {name['start']} in {metric}"
+        return f"{gain} is {number(estimate)} times that of {name['baseline']}"
     if spec.kind == "ratio":
         before = spec.operand("before").metric or spec.metric
         after = spec.operand("after").metric or spec.metric

@@ -62,7 +62,7 @@ class AbstractTeacher(ABC):
         return 0.0
 
     def flops_of(self, batch: Batch) -> float:
-        """FLOPs of one batch's signal, padding included."""
+        """FLOPs of one batch's signal, padding included; NaN where nobody knows them."""
         return self.flops_per_row() * len(batch)
 
     def spent_flops(self) -> float:

@@ -46,7 +46,8 @@ class ServedTeacher(AbstractTeacher):
     protocol      vllm | sglang
     documents_per_request, concurrency   documents of one request, and requests under way. A server holds the logprobs
                   of a prompt over its whole vocabulary, in float32: lower them where it runs out of memory
-    num_parameters   of the teacher, for the ledger's FLOPs (2 per parameter and token); None: not known, counted as 0
+    num_parameters   of the teacher, for the ledger's FLOPs (2 per parameter and token); None: nobody knows them, and a
+                  ``budget.flops`` is refused
     extra_body    more fields of every request, in the server's own words
     api_key_env, timeout_s, max_retries, backoff_s, max_wait_s   as of a generator's server
 
@@ -151,13 +152,14 @@ class ServedTeacher(AbstractTeacher):
         )
 
     def flops_of(self, batch: Batch) -> float:
-        """2 per parameter and token of the batch where ``num_parameters`` is given, else 0: the compute is another's.
+        """2 per parameter and token of the batch where ``num_parameters`` is given, else NaN: nobody counts them here.
 
         Raises TypeError for a batch that is not text.
         """
         if not isinstance(batch, TokenBatch):
             raise TypeError(f"a served teacher reads text, not a {type(batch).__name__}")
-        return 2.0 * (self._num_parameters or 0.0) * int((batch.segment_BT > 0).sum())
+        parameters = math.nan if self._num_parameters is None else self._num_parameters
+        return 2.0 * parameters * int((batch.segment_BT > 0).sum())
 
     def pieces(self, ids: Sequence[int]) -> dict[int, str]:
         """What the server says that each of these ids spells; ids of which it says nothing are left out.

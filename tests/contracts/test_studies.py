@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from research.evaluation.sequences import sample_counts
+from research.results.overview import write_overview
 from research.results.study import Cell, Study, cells
 from research.results.study_file import read_study
 from research.schemas import register_schemas
@@ -81,6 +82,14 @@ def test_every_preset_measures_what_is_compared_and_drawn(name: str) -> None:
                 )
         for metric in drawn:
             assert any(lacking(metric, cfg) is None for cfg in configs.values()), f"{name}, preset {preset}: {metric}"
+
+
+def test_the_front_tables_are_those_of_the_committed_verdicts(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_bytes((REPOSITORY / "README.md").read_bytes())
+    assert write_overview(readme, REPOSITORY / "experiments")
+    stale = "README.md shows older results than experiments/ holds: run `distill report experiments`"
+    assert readme.read_text() == (REPOSITORY / "README.md").read_text(), stale
 
 
 def test_the_check_sees_what_is_missing() -> None:

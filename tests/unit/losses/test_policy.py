@@ -224,3 +224,29 @@ BAD: list[tuple[Callable[[], object], str]] = [
 def test_bad_values_are_refused(call: Callable[[], object], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         call()
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+def test_group_advantages_give_the_gradient_of_the_expected_reward(samples: int) -> None:
+    """Every group that can be drawn, each with its probability: Dr. GRPO's mean is (G - 1)/G of the exact gradient.
+
+    The rest of a reward's share goes into its own baseline. Divided by the group's deviation the estimator has another
+    mean: GRPO's, which is no multiple of it where problems differ in difficulty.
+    """
+    reward_PV = torch.tensor([[1.0, 0.0, 0.25], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    logits_PV = torch.tensor([[0.3, -0.2, 0.5], [1.5, 0.1, -1.0]], dtype=torch.float64, requires_grad=True)
+    (exact_PV,) = grad((logits_PV.softmax(-1) * reward_PV).sum(), logits_PV)
+    found = {}
+    for normalise in (False, True):
+        total = torch.zeros((), dtype=torch.float64)
+        for problem in range(2):
+            logprob_V = logits_PV[problem].log_softmax(-1)
+            for group in itertools.product(range(3), repeat=samples):
+                drawn_G = logprob_V[list(group)]
+                advantage_PG = group_advantage(reward_PV[problem][list(group)][None], normalise=normalise)
+                surrogate_G = clipped_surrogate(drawn_G, drawn_G.detach(), advantage_PG[0], clip_low=0.2, clip_high=0.2)
+                total = total + drawn_G.detach().sum().exp() * surrogate_G.mean()
+        (found[normalise],) = grad(-total, logits_PV)
+    torch.testing.assert_close(found[False], exact_PV * (samples - 1) / samples)
+    ratio_P = (found[True] * exact_PV).sum(-1) / (exact_PV**2).sum(-1)
+    assert float(ratio_P.max() / ratio_P.min()) > 1.1, "GRPO weighs problems by how often they are solved"

@@ -263,6 +263,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"advantage_bound": 1.0}, "belong to objective=sampled_token"),
     ({"objective": "sampled_token", "credit": "episode"}, "credit='episode'"),
     ({"clip_low": 0.0}, "clip_low=0.0"),
+    ({"clip_high": 0.2}, "method.clip_high belong to objective=sampled_token and to a reward"),
     ({"teacher_top_k": 0}, "method.teacher_top_k is 0"),
     ({"reduction": "sequence"}, "method.reduction is 'sequence'; expected one of token, fixed"),
     ({"objective": "sampled_token", "reduction": "sequence", "on_policy_fraction": 0.5}, "one of token, fixed$"),

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from research.errors import CheckpointError, ConfigError
 from research.methods.policy_gradient import PolicyGradient
@@ -167,6 +169,29 @@ def test_the_start_is_in_no_checkpoint_and_names_itself(words: Any, tmp_path: Pa
     same, trainer = words.make_policy_gradient(data, kl_weight=0.1), words.make_trainer(max_steps=2)
     trainer.fit(same, datamodule=data, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     assert trainer.global_step == 2
+
+
+def test_the_start_s_forward_pass_is_charged(words: Any) -> None:
+    """One forward pass of the start over what the student wrote, counted by torch; the drawing costs the same."""
+    spent = {}
+    for weight in (0.0, 0.1):
+        data = words.make_data()
+        method = words.make_policy_gradient(data, kl_weight=weight)
+        words.fit(method, data)
+        spent[weight] = method.update_flops
+        inputs = method.trained(None).network_inputs()
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            method.student(*inputs)
+    assert spent[0.1] - spent[0.0] == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert method.spent().flops == spent[0.1] + method.rollout_cost.flops
+
+
+def test_stored_traces_are_refused_where_none_is_taken(words: Any) -> None:
+    data = words.make_data(num_stored=8)
+    with pytest.raises(ConfigError, match=r"data.num_stored is 8, and method=policy_gradient trains on"):
+        words.fit(words.make_policy_gradient(data), data)
+    assert not words.make_on_policy(data).takes_stored_traces, "a run of fraction 1 is not charged for them"
+    assert words.make_on_policy(data, on_policy_fraction=0.5).takes_stored_traces
 
 
 # -- the reward -------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def _spec(kind: str, lower: bool = True, **operands: OperandSpec | float | str) 
         given = operands.pop(role)
         given = OperandSpec(arm=given) if isinstance(given, str) else given
         pairs.append((role, OperandSpec(value=given) if isinstance(given, float) else given))
-    threshold = 1.0 if kind == "ratio" else 0.0
+    threshold = 1.0 if kind in ("ratio", "gain_ratio") else 0.0
     spec = ComparisonSpec(kind, METRIC, lower, tuple(pairs), threshold)  # type: ignore[arg-type]
     return dataclasses.replace(spec, **operands)  # type: ignore[arg-type]
 
@@ -139,6 +139,24 @@ def test_share_of_a_gap_that_is_not_there_has_no_interval() -> None:
     assert verdict_for("share", low=None, high=None, p_value=result.p_value, n=5)[0] == "INCONCLUSIVE"
     reverse = compare(_spec("share", worst="best", treated="soft", best="hard"), noisy)
     assert reverse.estimate is None
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_gain_ratio_is_what_one_gained_over_what_the_other_did(lower: bool) -> None:
+    """By hand: from 100 errors to 40 and to 85 is four times the gain; the same of accuracies, which rise."""
+    errors = {"start": [100.0, 102, 98, 101, 99], "grpo": [85.0, 88, 82, 86, 84], "kl": [40.0, 42, 38, 41, 39]}
+    panel = _panel({arm: values if lower else [-v for v in values] for arm, values in errors.items()})
+    spec = _spec("gain_ratio", lower, start="start", baseline="grpo", treatment="kl", threshold=3.0)
+    result = compare(spec, panel)
+    assert result.estimate == pytest.approx(4.0) and 3.0 < result.low < 4.0 < result.high
+    assert result.p_value == pytest.approx(1 / 32) and result.unit == "ratio of gains in errors"
+    told = sentence_for(spec, result, "HOLDS", "")
+    assert told.startswith("the gain of kl over start in errors is 4 times that of grpo (95 % interval ")
+    assert compare(dataclasses.replace(spec, threshold=4.5), panel).p_value > 0.5
+    inverse = compare(_spec("share", lower, worst="start", treated="grpo", best="kl"), panel)
+    assert result.estimate == pytest.approx(1 / inverse.estimate)
+    fallen = compare(_spec("gain_ratio", lower, start="kl", baseline="grpo", treatment="start"), panel)
+    assert fallen.estimate is None, "there is no ratio to a gain that is none"
 
 
 def test_ratio_and_its_threshold() -> None:
@@ -306,6 +324,9 @@ def test_a_metric_that_is_absent_or_not_finite_is_named() -> None:
         ("ratio", 1.01, 3.0, 0.01, "HOLDS"),
         ("ratio", 0.9, 3.0, 0.01, "INCONCLUSIVE"),
         ("ratio", 0.5, 0.9, 0.9, "FAILS"),
+        ("gain_ratio", 1.2, 9.0, 0.01, "HOLDS"),
+        ("gain_ratio", 0.8, 9.0, 0.01, "INCONCLUSIVE"),
+        ("gain_ratio", 0.2, 0.9, 0.9, "FAILS"),
         ("equivalence", -4.0, 9.9, 0.01, "HOLDS"),
         ("equivalence", -4.0, 10.0, 0.01, "INCONCLUSIVE"),
         ("equivalence", 11.0, 14.0, 0.9, "FAILS"),
@@ -317,7 +338,7 @@ def test_a_metric_that_is_absent_or_not_finite_is_named() -> None:
     ],
 )
 def test_verdicts(kind: str, low: float | None, high: float | None, p_value: float, expected: str) -> None:
-    threshold = 1.0 if kind == "ratio" else 0.0
+    threshold = 1.0 if kind in ("ratio", "gain_ratio") else 0.0
     margin = 10.0 if kind == "equivalence" else None
     given = {"low": low, "high": high, "p_value": p_value, "threshold": threshold, "margin": margin}
     verdict, reason = verdict_for(kind, n=6, **given)  # type: ignore[arg-type]
@@ -337,7 +358,7 @@ def test_p121_too_few_seeds_can_only_be_inconclusive(kind: str) -> None:
 
 def test_p121_minimum_seeds_are_the_least_whose_test_can_reach_05() -> None:
     assert smallest_p(MINIMUM_SEEDS["difference"]) < 0.05 <= smallest_p(MINIMUM_SEEDS["difference"] - 1)
-    for kind in ("share", "ratio", "equivalence", "trend"):
+    for kind in ("share", "gain_ratio", "ratio", "equivalence", "trend"):
         assert smallest_p(MINIMUM_SEEDS[kind], False) < 0.05 <= smallest_p(MINIMUM_SEEDS[kind] - 1, False)
 
 
