@@ -6,9 +6,9 @@ from typing import Any
 
 from research.errors import ConfigError
 from research.records import Trace
-from research.text.formats import MODES, in_modes, layout_of
+from research.text.formats import MODES, halves, in_modes, layout_of
 
-MIXTURES = ("two", "unmarked")
+MIXTURES, BOTH = ("two", "unmarked"), "both"
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Modes:
              unmarked  the same mixture without marks: the control, which cannot know what is asked
              None      no mixture
     mode     one of MODES: how held-out problems and prompts are posed, and what is then measured as obedience. None:
-             think where the mixture is ``two``, else nothing is asked
+             think where the mixture is ``two``, else nothing is asked. ``both``: a seeded half of the prompts in each
+             mode, held-out problems in think; only where the mixture is ``two``
 
     Raises ConfigError for other words, and for a trace format that cannot leave its chain out.
     """
@@ -31,9 +32,11 @@ class Modes:
     seed: int
 
     def __post_init__(self) -> None:
-        for key, given, valid in (("modes", self.mixture, MIXTURES), ("mode", self.mode, MODES)):
+        for key, given, valid in (("modes", self.mixture, MIXTURES), ("mode", self.mode, (*MODES, BOTH))):
             if given is not None and given not in valid:
                 raise ConfigError(f"data.{key} is {given!r}; expected null or one of {', '.join(valid)}")
+        if self.mode == BOTH and self.mixture != "two":
+            raise ConfigError(f"data.mode is both with data.modes={self.mixture}; two modes need data.modes=two")
         if self.mixture is not None and layout_of(self.trace_format) != "chain_then_answer":
             raise ConfigError(
                 f"data.modes is {self.mixture} with trace_format={self.trace_format}; a chain that may be left out "
@@ -43,11 +46,17 @@ class Modes:
     @property
     def asked(self) -> str | None:
         """The mode that held-out problems are posed in; None where nothing is asked."""
-        return self.mode or ("think" if self.mixture == "two" else None)
+        return "think" if self.mode == BOTH else self.mode or ("think" if self.mixture == "two" else None)
 
     def mark(self, template: Any) -> str:
         """What stands behind a problem that is posed."""
         return "" if self.mixture != "two" or self.asked is None else str(template.mode_marks[self.asked])
+
+    def of_prompts(self, count: int) -> list[str | None]:
+        """The mode that each of ``count`` prompts is posed in; None: none is asked for."""
+        if self.mixture != "two":
+            return [None] * count
+        return [*halves(count, self.seed)] if self.mode == BOTH else [self.asked] * count
 
     def alphabet(self, template: Any, task_alphabet: str) -> str:
         """The marks' characters, for a tokenizer of characters; of both mixtures, so that their students are one size.

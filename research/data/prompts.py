@@ -11,18 +11,19 @@ from research.text.refusals import Refused, TooLong
 
 
 def posed(
-    problems: Iterable[Problem], codec: Codec, teacher_codec: Codec, task_name: str
+    problems: Sequence[Problem], codec: Codec, teacher_codec: Codec, task_name: str, modes: Sequence[str | None]
 ) -> tuple[list[PromptRow], Counter[str]]:
     """The prompts of those problems that can be posed, in order, and how many cannot, by reason.
 
     A prompt has to leave room for a token of the answer. ``teacher_codec`` is ``codec`` itself where the teacher is
-    asked as the student is. Raises DataError where there is no problem at all, or none that can be posed.
+    asked as the student is; ``modes`` says for each problem in which mode both are asked, each in the words of its own
+    template. Raises DataError where there is no problem at all, or none that can be posed.
     """
     rows, refused = [], Counter[str]()
-    for problem in problems:
+    for problem, mode in zip(problems, modes, strict=True):
         try:
-            ids = codec.prompt_ids(problem.text)
-            teacher_ids = ids if teacher_codec is codec else teacher_codec.prompt_ids(problem.text)
+            ids = _in_mode(codec, mode).prompt_ids(problem.text)
+            teacher_ids = ids if teacher_codec is codec else _in_mode(teacher_codec, mode).prompt_ids(problem.text)
         except Refused as error:
             refused[error.reason] += 1
             continue
@@ -37,6 +38,10 @@ def posed(
             "another template or tokenizer"
         )
     return rows, refused
+
+
+def _in_mode(codec: Codec, mode: str | None) -> Codec:
+    return codec if mode is None else codec.marked(codec.template.mode_marks[mode])
 
 
 def stored_rows(

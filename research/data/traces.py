@@ -53,7 +53,7 @@ class TraceData(L.LightningDataModule):
     steps_per_rollout optimizer steps in a row that share their prompts
     num_stored        traces beside the prompts of a step, for a method that takes some steps off policy
     teacher_template  how the teacher was taught to be asked, where that is not ``template``
-    modes, mode       two | unmarked, and think | no_think: see :class:`Modes`; the half is drawn by ``format_seed``
+    modes, mode       two | unmarked, and think | no_think | both, see :class:`Modes`; ``format_seed`` draws the halves
 
     ``index`` of a train document is the place of its trace in :meth:`traces`, and one document's own: the trace there
     has the index of its problem, which several samples of one problem share, and the number of its sample. For a task's
@@ -212,8 +212,9 @@ class TraceData(L.LightningDataModule):
         Raises DataError where there is no problem at all, or none that can be asked.
         """
         if self._prompts is None:
-            problems = self.problems("train")
-            self._prompts, self._refused_prompts = posed(problems, self.codec, self.teacher_codec, self.task.name)
+            problems, codecs = self.problems("train"), (self.codec, self.teacher_codec)
+            modes = self.modes.of_prompts(len(problems))
+            self._prompts, self._refused_prompts = posed(problems, *codecs, self.task.name, modes)
         return self._prompts
 
     def stored_rows(self) -> list[StoredRow]:

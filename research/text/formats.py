@@ -31,15 +31,19 @@ def in_modes(traces: Sequence[Trace], marks: Mapping[str, str] | None, seed: int
 
     The same half for one ``seed`` and number of traces, with and without marks.
     """
-    order = torch.randperm(len(traces), generator=rng_for(seed, "modes")).tolist()
-    without_chain = set(order[: len(traces) // 2])
     found = []
-    for place, trace in enumerate(traces):
-        mode = "no_think" if place in without_chain else "think"
+    for mode, trace in zip(halves(len(traces), seed), traces, strict=True):
         chain = "" if mode == "no_think" else trace.chain
         problem = trace.problem + ("" if marks is None else marks[mode])
         found.append(replace(trace, problem=problem, chain=chain, details={**trace.details, "mode": mode}))
     return found
+
+
+def halves(count: int, seed: int) -> list[str]:
+    """A mode for each of ``count`` places: no_think for a seeded half (one less where their number is odd)."""
+    order = torch.randperm(count, generator=rng_for(seed, "modes")).tolist()
+    without_chain = set(order[: count // 2])
+    return ["no_think" if place in without_chain else "think" for place in range(count)]
 
 
 def layout_of(trace_format: str) -> str:

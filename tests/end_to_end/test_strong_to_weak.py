@@ -131,6 +131,42 @@ def test_p81_a_run_killed_in_either_phase_goes_on(
     ]
 
 
+@pytest.mark.slow
+def test_two_modes_then_the_student_s_own_words_in_both_killed_in_the_second_phase(
+    distill: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The published recipe from its committed file, small: killed on policy, it ends as one that was not."""
+    small = (
+        "trainer.max_steps=16", "data.num_train=320", "data.num_val=16", "data.num_test=20", "logger=none", "threads=1",
+        "trainer.enable_progress_bar=false", "student.hidden_size=32", "student.num_layers=2",
+    )  # fmt: skip
+    assert distill("train", "experiment=sum3_teacher", "data.modes=two", *small, f"hydra.run.dir={tmp_path}/teacher",
+                   cwd=tmp_path).code == 0  # fmt: skip
+    run = (
+        "train", "experiment=sum3_strong_to_weak", *small, f"teacher.path={tmp_path}/teacher", "checkpoint_steps=2",
+        "ckpt_path=last",
+    )  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = distill(*run, f"hydra.run.dir={whole}", cwd=tmp_path)
+    assert done.code == 0, done.err
+    last = cut / "phases" / "2_on_policy" / "checkpoints" / "last.ckpt"
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *run, f"hydra.run.dir={cut}"], cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        while process.poll() is None and not last.exists():
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, "it was still at work"
+    assert not (cut / "phases" / "2_on_policy" / "run.json").exists()
+    done = distill(*run, f"hydra.run.dir={cut}", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert same(whole, cut)
+    first, second = (read_record(run / "run.json") for run in (whole, cut))
+    assert first.metrics == second.metrics and first.ledger["rollout"]["flops"] == second.ledger["rollout"]["flops"] > 0
+    assert {"test_think/obedience", "test_no_think/obedience"} <= first.metrics.keys()
+
+
 @pytest.mark.parametrize(
     ("phases", "message"),
     [

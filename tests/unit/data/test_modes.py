@@ -85,6 +85,24 @@ def test_held_out_problems_are_posed_in_a_mode(options: dict[str, str], prompt: 
     assert "T" not in rows[0].problem.text and "N" not in rows[0].problem.text, "the grader sees the problem alone"
 
 
+def test_prompts_are_posed_in_both_modes_half_and_half() -> None:
+    """The student and its teacher in the same mode, each in the words of its own template; held-out ones in think."""
+    options = {"modes": "two", "mode": "both", "num_prompts": 4}
+    data = make(**options)
+    rows = data.prompts()
+    ends = [data.codec.tokenizer.decode(row.ids)[-2:] for row in rows]
+    assert sorted(set(ends)) == ["N=", "T="] and ends.count("N=") == len(rows) // 2
+    assert all(row.ids == row.teacher_ids for row in rows) and posed(data) == "1+2T="
+    assert ends == [data.codec.tokenizer.decode(row.ids)[-2:] for row in make(**options).prompts()], "seeded"
+    other = make(**options, format_seed=1)
+    assert ends != [other.codec.tokenizer.decode(row.ids)[-2:] for row in other.prompts()]
+    in_words = {**options, "tokenizer": "bpe", "vocab_size": 300, "teacher_template": Alpaca()}
+    data = make(**in_words)
+    for row in data.prompts():
+        mine, theirs = (data.codec.tokenizer.decode(ids) for ids in (row.ids, row.teacher_ids))
+        assert (" /think\n" in theirs) == mine.endswith("T=") and (" /no_think\n" in theirs) == mine.endswith("N=")
+
+
 def test_a_trace_without_chain_is_in_neither_mode() -> None:
     traces = [reference_trace(problem) for problem in TASK.problems("train", 8)]
     given = [trace if place % 4 else replace(trace, chain="") for place, trace in enumerate(traces)]
@@ -108,7 +126,9 @@ def test_open_text_is_asked_in_words() -> None:
     ("options", "message"),
     [
         ({"modes": "three"}, r"data\.modes is 'three'; expected null or one of two, unmarked"),
-        ({"mode": "loud"}, r"data\.mode is 'loud'; expected null or one of think, no_think"),
+        ({"mode": "loud"}, r"data\.mode is 'loud'; expected null or one of think, no_think, both"),
+        ({"mode": "both"}, r"data\.mode is both with data\.modes=None; two modes need data\.modes=two"),
+        ({"modes": "unmarked", "mode": "both"}, r"data\.mode is both with data\.modes=unmarked"),
         ({"modes": "two", "trace_format": "answer_only"}, "trace_format=chain_then_answer"),
         ({"modes": "two", "trace_format": "answer_then_chain"}, "trace_format=chain_then_answer"),
     ],
