@@ -1,6 +1,6 @@
 """One tokenizer, and how problems and traces are written with it for the student and for the teacher."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,7 +15,8 @@ from research.text.tokenizer import build_tokenizer
 class Codecs:
     """Both codecs, made when they are first asked for.
 
-    task, modes, trace_format, tokenizer, vocab_size, max_tokens, prompt_loss_weight   as of ``TraceData``
+    task, modes, trace_format, tokenizer, vocab_size, max_tokens, prompt_loss_weight, max_prompt_tokens, extra_eos   as
+            of ``TraceData``
     template, teacher_template   of the student and of the teacher, or factories that want the tokenizer; None: the
                                  teacher is asked as the student is
     texts   what a BPE is trained on; called where there is one
@@ -36,6 +37,8 @@ class Codecs:
         trace_format: str,
         max_tokens: int,
         prompt_loss_weight: float,
+        max_prompt_tokens: int | None,
+        extra_eos: Sequence[int | str],
     ) -> None:
         self._task, self._template, self._teacher_template, self._modes = task, template, teacher_template, modes
         self._tokenizer_kind, self._vocab_size, self._texts = tokenizer, vocab_size, texts
@@ -43,6 +46,8 @@ class Codecs:
             "trace_format": trace_format,
             "max_tokens": max_tokens,
             "prompt_loss_weight": prompt_loss_weight,
+            "max_prompt_tokens": max_prompt_tokens,
+            "extra_eos": tuple(extra_eos),
             "allow_empty_chain": modes.mixture is not None,
         }
 

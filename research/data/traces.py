@@ -47,6 +47,9 @@ class TraceData(L.LightningDataModule):
     tokenizer         characters | bpe | a pretrained folder or hub id; vocab_size for bpe, trained on the train texts
     max_tokens        longest document; a longer one is dropped and counted, never cut. So is a trace of a problem that
                       validation or test poses (``held_out``)
+    max_prompt_tokens longer prompts lose their beginning, never their end; null: none is cut, and one that leaves no
+                      room is dropped and counted
+    extra_eos         further tokens that end what a model writes, as ids or text
     batch_size        documents per optimizer step, over all ranks and accumulated micro-batches
     packed_to, length_grouping   see :class:`TokenLoader`
     num_prompts       0: train on traces. n: problems of the train split per optimizer step, for the student to answer
@@ -90,6 +93,8 @@ class TraceData(L.LightningDataModule):
         teacher_template: AbstractTemplate | Any = None,
         modes: str | None = None,
         mode: str | None = None,
+        max_prompt_tokens: int | None = None,
+        extra_eos: Sequence[int | str] = (),
     ) -> None:
         super().__init__()
         _check_least({"batch_size": batch_size, "steps_per_rollout": steps_per_rollout}, least=1)
@@ -120,6 +125,8 @@ class TraceData(L.LightningDataModule):
             trace_format=trace_format,
             max_tokens=max_tokens,
             prompt_loss_weight=prompt_loss_weight,
+            max_prompt_tokens=max_prompt_tokens,
+            extra_eos=extra_eos,
         )
         self._problems: dict[Split, list[Problem]] = {}
         self._documents: dict[Split, list[Document]] = {}

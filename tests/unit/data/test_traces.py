@@ -546,3 +546,20 @@ def test_a_store_that_is_none_is_refused(tmp_path: Path) -> None:
     for path, told in ((tmp_path / "none.txt", "no folder of a trace store"), (tmp_path / "empty.jsonl", "is empty")):
         with pytest.raises(ConfigError, match=told):
             make(store=str(path)).setup()
+
+
+def test_a_cut_prompt_keeps_its_end_in_training_and_when_it_is_posed() -> None:
+    """The end of the problem and what the template writes behind it; completions are whole."""
+    options = {"task": Addition(min_digits=4, max_digits=4), "num_prompts": 4}
+    whole, cut = make(**options), make(**options, max_prompt_tokens=6)
+    for row, short in zip(whole.prompts(), cut.prompts(), strict=True):
+        assert len(row.ids) == 10 and short.ids == row.ids[-6:]
+    whole, cut = make(task=options["task"]), make(task=options["task"], max_prompt_tokens=6)
+    for document, short in zip(whole.documents("train"), cut.documents("train"), strict=True):
+        assert short.prompt_length == 6 and short.ids == document.ids[4:]
+    with pytest.raises(ValueError, match="max_prompt_tokens=1: give at least 2"):
+        make(max_prompt_tokens=1).documents("train")
+
+
+def test_a_further_token_may_end_what_is_written() -> None:
+    assert make(extra_eos=["7"]).codec.eos_ids == (*make().codec.eos_ids, make().codec.tokenizer.get_vocab()["7"])
