@@ -308,6 +308,18 @@ def test_c22_an_answer_key_passes_what_a_step_verifier_drops(
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
+def test_columns_of_theirs_stop_no_import_and_enter_no_count(tmp_path: Path) -> None:
+    theirs = {"verdict": "excellent", "outcome": ["lucky_answer"], "corruption": {"kind": "typo"}, "origin": "here"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"problem": "q", "chain": "c", "answer": "a"} | theirs) + "\n")
+    source = FileSource(TraceImport(path))
+    tally = write(tmp_path / "store", source, ["duplicates"]).tally
+    (row,) = TraceStore(tmp_path / "store").rows()
+    assert row.trace.details == {"row": theirs, "origin": "file"} and row.verdict is None
+    assert tally.verdicts == {"none": 1} and tally.outcomes == tally.corruptions == {}
+    assert "verdict" not in source.gives, "nobody has verified them"
+
+
 def test_a_file_becomes_a_store_and_its_bad_rows_are_in_the_ledger(tmp_path: Path) -> None:
     good = [{"question": f"q{n}", "cot": f"c{n % 3}", "answer": n, "correct": n % 4 != 0} for n in range(10)]
     lines = [json.dumps(row) for row in good]
