@@ -42,6 +42,7 @@ ALLOWED_PREFIXES: tuple[str, ...] = (
     "lightning.Trainer",
     "lightning.pytorch.loggers.",
 )
+UNSET = "???"  # in a YAML file: a key that its reader has to set
 DataModule = AbstractClassData | TraceData
 
 
@@ -200,6 +201,9 @@ def make(node: Any, key: str, **late: Any) -> Any:
     check_keys(arguments["_target_"], key, given)
     for name in given.keys() & late.keys():
         raise ConfigError(f"{key}.{name} is set by the run itself; leave it out of the config")
+    for name, value in given.items():
+        if value == UNSET:
+            raise ConfigError(f"{key}.{name} is not set; {arguments['_target_']} needs it")
     # in a factory, null leaves a value to the run
     check_types(called, key, {name: value for name, value in given.items() if not (partial and value is None)})
     if not partial:

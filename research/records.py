@@ -241,7 +241,7 @@ class Completion:
 
     ids       generated token ids, the EOS included where it came; () where a server gives text alone
     text      the same decoded, without EOS
-    stop      "eos", or "length" where the limit came first
+    stop      "eos", or "length" where the limit came first; else the word for why the prompt was never asked
     logprob   sum of the natural-log probabilities of ``ids`` as they were drawn from; None where not known
     logprobs  the same for each of ``ids``; () where not known
     """
@@ -251,6 +251,16 @@ class Completion:
     stop: str
     logprob: float | None = None
     logprobs: tuple[float, ...] = ()
+
+    @property
+    def was_asked(self) -> bool:
+        """Whether a model wrote it; False where the prompt was refused: no text, and ``stop`` is the reason."""
+        return self.stop in ("eos", "length")
+
+    @classmethod
+    def refused(cls, reason: str) -> "Completion":
+        """What stands for the answer to a prompt that cannot be asked."""
+        return cls((), "", reason)
 
     @classmethod
     def from_plain(cls, saved: Mapping[str, Any]) -> "Completion":

@@ -1,6 +1,7 @@
 """From problems to graded completions, and the tables that keep them so that every verdict can be given again."""
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,8 +16,10 @@ from research.records import Completion, Problem, Sampling, Verdict
 from research.results.items import read_items
 from research.results.record import write_atomic
 from research.tasks.grading import Grade, Grader
+from research.text.refusals import Refused, refuse_overlong
 from research.text.template import AbstractTemplate
 
+log = logging.getLogger(__name__)
 NOT_KNOWN = -1  # in a column of whole numbers: not checked, not counted, not given
 _VOTELESS = (Verdict.UNPARSED, Verdict.TRUNCATED)
 _SHORT_MARK = 3  # characters; a shorter prompt mark says something only beside a reference that avoids it
@@ -85,15 +88,28 @@ def write_completions(
 ) -> dict[int, tuple[Completion, ...]]:
     """Index -> its completions, for problem texts by index; ``codec`` None for a generator that needs no token ids.
 
+    A prompt that the codec refuses, or that leaves the generator no room for an answer, is not asked. Its completions
+    have no text, and ``stop`` is the reason; how many there are of each reason is told in a warning.
+
     Raises ValueError where the generator leaves a prompt out, answers one twice or one that was not asked, or gives
     other than ``sampling.num_samples`` completions.
     """
-    prompts = [
-        Prompt(index, template.prompt(text), () if codec is None else tuple(codec.prompt_ids(text)))
-        for index, text in texts.items()
-    ]
+    prompts: list[Prompt] = []
     written: dict[int, tuple[Completion, ...]] = {}
-    for answer in generator.generate(prompts, sampling):
+    refused = Counter[str]()
+    for index, text in texts.items():
+        try:
+            ids = () if codec is None else tuple(codec.prompt_ids(text))
+            refuse_overlong(f"problem {index}", len(ids), generator.longest_prompt)
+        except Refused as error:
+            refused[error.reason] += 1
+            written[index] = (Completion.refused(error.reason),) * sampling.num_samples
+            continue
+        prompts.append(Prompt(index, template.prompt(text), ids))
+    if refused:
+        told = ", ".join(f"{count} {reason}" for reason, count in refused.most_common())
+        log.warning("%s of %s prompts cannot be asked (%s); they have no answer", refused.total(), len(texts), told)
+    for answer in generator.generate(prompts, sampling) if prompts else ():
         if answer.index not in texts or answer.index in written:
             raise ValueError(f"the generator answered prompt {answer.index} unasked or twice; expected each once")
         if len(answer.completions) != sampling.num_samples:

@@ -52,21 +52,25 @@ def measure_exposure(
 ) -> Exposure:
     """Have both write one answer to every problem, and compare their next-token distributions along both answers.
 
-    The ids of an answer are the same for both networks, each behind the prompt of its own template. Raises ValueError
-    for no problems.
+    The ids of an answer are the same for both networks, each behind the prompt of its own template. Problems that
+    either of them cannot be asked are left out, with a warning. Raises ValueError where none is left.
     """
-    if not problems:
-        raise ValueError("no problem to measure exposure on; give at least one")
     sampling = Sampling(1, 1.0, 1.0, max_new_tokens, seed)
     texts = {problem.index: problem.text for problem in problems}
     metrics: dict[str, float] = {}
     columns: dict[str, list[np.ndarray]] = {}
+    answers: dict[str, dict[int, Completion]] = {}
     for writer, network, own in (("teacher", teacher, teacher_codec), ("student", student, codec)):
         generator = LocalGenerator(network, own.tokenizer, eos_ids=own.eos_ids, pad_id=own.pad_id)
-        written = {
-            index: completions[0]
-            for index, completions in write_completions(generator, own, own.template, texts, sampling).items()
-        }
+        written_by = write_completions(generator, own, own.template, texts, sampling)
+        answers[writer] = {index: completions[0] for index, completions in written_by.items()}
+    num_given = len(problems)
+    problems = [one for one in problems if all(written[one.index].was_asked for written in answers.values())]
+    if not problems:
+        raise ValueError(
+            f"no problem to measure exposure on: of {num_given} given, none can be asked of both; give shorter ones"
+        )
+    for writer, written in answers.items():
         place_N, forward_N, reverse_N = _distances(student, teacher, codec, teacher_codec, problems, written)
         metrics[f"{split}/kl_on_{writer}_prefixes"] = float(forward_N.mean())
         _add_places(columns, writer, place_N, forward_N, reverse_N)

@@ -200,7 +200,7 @@ class _Flight:
         return [
             self._pair(problem, self.codec.prompt_ids(problem.text), written[problem.index][0].ids)
             for problem in problems
-            if problem.index in written
+            if problem.index in written and written[problem.index][0].was_asked
         ]
 
     def _pair(self, problem: Problem, prompt: Sequence[int], completion: Sequence[int]) -> Pair:

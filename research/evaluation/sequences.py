@@ -1,7 +1,7 @@
 """The evaluator of written answers: a student writes, the one grader judges, and the numbers keep their sampling."""
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -79,15 +79,22 @@ def sample_counts(num_samples: int) -> list[int]:
     return sorted({2**power for power in range(num_samples.bit_length())} | {num_samples})
 
 
-def sequence_metric_names(sampling: Sampling, levels: Iterable[int] = ()) -> tuple[str, ...]:
-    """Every name that a metric can have under ``sampling``, without the split, for problems of these levels."""
+def sequence_metric_names(
+    sampling: Sampling, levels: Iterable[int] = (), refusals: Iterable[str] = ()
+) -> tuple[str, ...]:
+    """Every name that a metric can have under ``sampling``, without the split, for problems of these levels.
+
+    refusals  the reasons for which prompts were refused
+    """
+    start = "sampled_" if is_sampled(sampling) else ""
+    by_reason = tuple(f"{start}refused_prompts_{reason}" for reason in sorted(set(refusals)))
     if not is_sampled(sampling):
         by_level = (f"{name}_level_{level}" for level in sorted(set(levels)) for name in ("accuracy", "problems"))
-        return (*GREEDY_NAMES, *by_level)
+        return (*GREEDY_NAMES, *by_level, *by_reason)
     passes = (f"sampled_pass_at_{k}" for k in sample_counts(sampling.num_samples) if k > 1)
     votes = (f"sampled_cons_at_{k}" for k in sample_counts(sampling.num_samples) if k > 1)
     by_level = (f"sampled_{name}_level_{level}" for level in sorted(set(levels)) for name in ("pass_at_1", "problems"))
-    return (*SAMPLED_NAMES, *passes, *votes, *by_level)
+    return (*SAMPLED_NAMES, *passes, *votes, *by_level, *by_reason)
 
 
 def evaluate_sequences(
@@ -106,8 +113,10 @@ def evaluate_sequences(
     accuracy, errors       share of problems answered right (pass@1); number of the others, whatever the reason
     problems, gold_unreadable   problems scored; problems refused for an unreadable gold answer: in no other number
     unparsed, truncated, timeout   shares with that verdict; with accuracy and the wrong answers they add up to 1
-    repetition             share of completions with a loop, see ``has_loop``
-    tokens_per_answer      mean number of generated tokens, EOS included
+    refused_prompts_<reason>   where there are any: of the problems, those that could not be asked (``too_long``,
+                           ``unknown_character``, ...). They are unparsed and not right
+    repetition             share of the completions that were written with a loop, see ``has_loop``
+    tokens_per_answer      mean number of generated tokens, EOS included, of the completions that were written
     regurgitation          share of completions that repeat their problem or open a new prompt, see ``regurgitates``
     step_validity          valid steps over written steps, over all completions with a chain: a mean over steps
     chain_valid            share of completions whose chain is wholly valid; without a chain it is not
@@ -186,6 +195,9 @@ def _add_counts(sheet: _Sheet, answered: Sequence[Sequence[Scored]], num_refused
     right = [[scored.grade.correct for scored in samples] for samples in answered]
     sheet.add("problems", len(answered))
     sheet.add("gold_unreadable", num_refused)
+    stops = Counter(samples[0].completion.stop for samples in answered if not samples[0].completion.was_asked)
+    for reason, count in sorted(stops.items()):
+        sheet.add(f"refused_prompts_{reason}", count)
     name = "pass_at_1" if sheet.is_sampled else "accuracy"
     sheet.add(name, sum(map(sum, right)) / sum(map(len, right)))
     if sheet.is_sampled:
@@ -216,17 +228,18 @@ def _add_samples(sheet: _Sheet, answered: Sequence[Sequence[Scored]], right: Seq
 
 
 def _add_rates(sheet: _Sheet, rows: Sequence[Scored]) -> None:
+    asked = [row for row in rows if row.completion.was_asked]
     for verdict in (Verdict.UNPARSED, Verdict.TRUNCATED, Verdict.TIMEOUT):
         sheet.ratio(verdict.value, sum(row.grade.verdict is verdict for row in rows), len(rows))
     sheet.ratio("regurgitation", sum(row.regurgitates for row in rows), len(rows))
     for outcome in OUTCOMES:
         sheet.ratio(f"outcome_{outcome}", sum(row.grade.outcome == outcome for row in rows), len(rows))
-    if any(not row.completion.ids for row in rows):
+    if any(not row.completion.ids for row in asked):
         reason = "the generator gave text without token ids"
         sheet.omit(("repetition", "tokens_per_answer"), reason)
         return
-    sheet.ratio("repetition", sum(has_loop(row.completion.ids) for row in rows), len(rows))
-    sheet.ratio("tokens_per_answer", sum(row.num_tokens for row in rows), len(rows))
+    sheet.ratio("repetition", sum(has_loop(row.completion.ids) for row in asked), len(asked))
+    sheet.ratio("tokens_per_answer", sum(row.num_tokens for row in asked), len(asked))
 
 
 def _add_chains(sheet: _Sheet, rows: Sequence[Scored], grader: Grader) -> None:

@@ -28,10 +28,12 @@ class Written:
 class AbstractGenerator(ABC):
     """Writes completions. Subclasses are final.
 
-    identity  plain values that name the writer in manifests: kind, model, weights' sha256, ...
+    identity        plain values that name the writer in manifests: kind, model, weights' sha256, ...
+    longest_prompt  tokens of the longest prompt that leaves room for one token behind it; None: not known
     """
 
     identity: dict[str, Any]
+    longest_prompt: int | None = None
 
     @abstractmethod
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Written]:

@@ -75,6 +75,7 @@ class LocalGenerator(AbstractGenerator):
         self._dtype = None if dtype is None else DTYPES[dtype]
         self._flops = DecoderFlops.of(self._model)
         self._context = getattr(self._model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.longest_prompt = None if self._context is None else self._context - 1
         self.spent = GenerationCost()
 
     @property

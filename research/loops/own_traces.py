@@ -168,7 +168,7 @@ class OwnTraces:
             grade = self.grader.grade(problem, completion)
             details = {"origin": of, "process_valid": self._process_valid(grade)}
             trace = Trace(problem.text, grade.chain, grade.answer or "", problem.index, sample, details)
-            reason = self._reason(problem, trace, grade, of)
+            reason = self._reason(problem, trace, grade, of) if completion.was_asked else completion.stop
             if reason is None and any(row.kept for row in rows):
                 reason = SPARE
             tokens = len(completion.ids) or None

@@ -12,13 +12,12 @@ from typing import Any
 
 from research.errors import ConfigError
 from research.records import Verdict
+from research.tasks.answers import unwrapped
 from research.tasks.math_worker import serve
-from research.tasks.numbers import parse_number, verify_number
+from research.tasks.numbers import parse_answer, parse_number, verify_number
 
 LONGEST = 2000  # characters of an answer
 START_S = 120.0  # to import a computer algebra system on a busy machine
-WRAPPED = (re.compile(r"\$\$?(.*?)\$?\$", re.DOTALL), re.compile(r"\\[(\[](.*)\\[)\]]", re.DOTALL))
-BOXED = re.compile(r"\\boxed\{(.*)\}", re.DOTALL)
 WORDS = re.compile(r"[A-Za-z]{2,}(?:[ '-][A-Za-z]+)*")
 NO_FORMULA = re.compile(r"__|[`\"]|(?<!\\)\$|\b(?:import|lambda|exec|eval|getattr)\b")
 
@@ -26,9 +25,10 @@ NO_FORMULA = re.compile(r"__|[`\"]|(?<!\\)\$|\b(?:import|lambda|exec|eval|getatt
 class MathVerifier:
     """``verify(gold, answer)`` from any thread, each check within ``timeout_s`` seconds.
 
-    Two numbers in everyday forms are compared exactly by :func:`research.tasks.numbers.parse_number`; two texts of
-    words letter by letter, up to case (to computer algebra "listen" is "silent"); anything else by math-verify, which
-    reads each side as one formula from end to end: no credit for an answer that merely contains the right one.
+    Of either side the last box counts, where it has one. Two numbers in everyday forms, an answer ``x = 18`` among
+    them, are compared exactly by :func:`research.tasks.numbers.verify_number`; two texts of words letter by letter, up
+    to case (to computer algebra "listen" is "silent"); anything else by math-verify, which reads each side as one
+    formula from end to end: no credit for an answer that merely contains the right one.
 
     counts  what happened, by reason: verdicts, ``timeout``, ``died``, ``refused`` (too long, or nothing a formula
             holds, such as ``__``), ``gold`` and ``answer`` (could not be read), and every kind of exception inside the
@@ -69,11 +69,13 @@ class MathVerifier:
         for side, text in (("gold", gold), ("answer", answer)):
             if not text:
                 return Verdict.UNPARSED, side
-            if len(text) > LONGEST or NO_FORMULA.search(text):
+            if len(text) > LONGEST:
                 return Verdict.UNPARSED, "refused"
-        if parse_number(gold) is not None and parse_number(answer) is not None:
+        if parse_number(gold) is not None and parse_answer(answer) is not None:  # a bare $18 is a number, no formula
             verdict = verify_number(gold, answer)
             return verdict, verdict.value
+        if NO_FORMULA.search(gold) or NO_FORMULA.search(answer):
+            return Verdict.UNPARSED, "refused"
         if WORDS.fullmatch(gold) and WORDS.fullmatch(answer):
             verdict = Verdict.CORRECT if gold.casefold() == answer.casefold() else Verdict.WRONG
             return verdict, verdict.value
@@ -124,14 +126,3 @@ class MathVerifier:
         if owner == os.getpid():
             process.kill()
             process.join()
-
-
-def unwrapped(text: str) -> str:
-    r"""An answer without the ``$..$``, ``\(..\)``, ``\[..\]`` or ``\boxed{..}`` around the whole of it."""
-    text = text.strip().removesuffix(".")
-    for pattern in WRAPPED:
-        found = pattern.fullmatch(text)
-        if found and "$" not in found[1]:
-            text = found[1].strip()
-    found = BOXED.fullmatch(text)
-    return found[1].strip() if found else text

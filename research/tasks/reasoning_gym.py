@@ -12,9 +12,10 @@ from typing import Any
 from research.errors import ConfigError
 from research.records import Problem, Verdict
 from research.seeding import seed_for
+from research.tasks.answers import unboxed, value_part
 from research.tasks.base import AbstractTask, Split
 from research.tasks.drawing import SPLITS, check_request, split_of, take
-from research.tasks.numbers import parse_number
+from research.tasks.numbers import parse_answer, parse_number, plain_text
 
 BLOCK = 1024  # items drawn from one hashed start
 MOST_FRUITLESS = 3000  # draws in a row without a new problem, after which a split counts as empty
@@ -46,17 +47,21 @@ WORKED_OUT = ("countdown", "puzzle24")  # the whole answer is a sum that the sco
 
 
 class ReasoningGym(AbstractTask):
-    """One data set of reasoning-gym, by name.
+    r"""One data set of reasoning-gym, by name.
 
     Items are drawn in blocks whose starts are hashed from (seed, block), so that neighbouring seeds share none; repeats
     are left out; the split of a problem is a hash of its text. What is drawn is kept: val and test take ten draws each.
 
-    An answer is CORRECT where it is the reference, up to blanks around it. Another answer (of a problem with several
-    solutions) is CORRECT only where the package's scorer gives exactly 1.0, and
+    Of an answer with a ``\boxed{..}``, what stands in the last box is judged, and UNPARSED where that is empty or not
+    closed. An answer is CORRECT where it is the reference, up to blanks around it. Two numbers must be equal, without
+    tolerance; a leading ``x =`` is left out. Where either is written as a fraction, they must also be the same fraction
+    (``\frac{2}{3}`` is ``2/3``, ``4/6`` is not) or have the scorer's full marks: to reduce it may be all that is asked.
+
+    Any other answer (of a problem with several solutions) is CORRECT only where the package's scorer gives exactly 1.0,
+    and
 
     - neither text contains the other: no credit for containment or for an answer cut off (sums that are worked out as
       a whole excepted);
-    - it is not that both are plain numbers: those must be equal, without tolerance;
     - the scorer gives no control full marks (gibberish, the reference within a sentence or doubled): one that does is
       not believed for this problem.
 
@@ -98,19 +103,29 @@ class ReasoningGym(AbstractTask):
         gold, given = problem.answer.strip(), (answer or "").strip()
         if not gold or not given or len(given) > LONGEST:
             return Verdict.UNPARSED
+        if given != gold:
+            given = unboxed(given)
+        if not given:
+            return Verdict.UNPARSED
         if given == gold:
             return Verdict.CORRECT
-        expected, number = parse_number(gold), parse_number(given)
+        expected, number = parse_number(gold), parse_answer(given)
+        are_numbers = expected is not None and number is not None
         if expected is not None and number is not None:
-            return Verdict.CORRECT if expected == number else Verdict.WRONG
+            if expected != number:
+                return Verdict.WRONG
+            if not (expected.fraction or number.fraction) or _bare(gold) == _bare(given):
+                return Verdict.CORRECT
+            given = value_part(given)
         if not self._is_data(given):
             self.counts["refused: no plain data"] += 1
             return Verdict.UNPARSED
-        if self.dataset not in WORKED_OUT and (given in gold or gold in given):
+        if not are_numbers and self.dataset not in WORKED_OUT and (given in gold or gold in given):
             return Verdict.WRONG
-        return self._scored(problem, given)
+        return self._scored(problem, given, is_equal=are_numbers)
 
-    def _scored(self, problem: Problem, given: str) -> Verdict:
+    def _scored(self, problem: Problem, given: str, is_equal: bool = False) -> Verdict:
+        """What the package says; controls are left out where the answer is known to equal the reference."""
         entry = {"question": problem.text, "answer": problem.answer, "metadata": problem.details.get("metadata", {})}
         try:
             score = float(self._scorer.score_answer(given, entry))
@@ -119,7 +134,7 @@ class ReasoningGym(AbstractTask):
             return Verdict.UNPARSED
         if score != 1.0:
             return Verdict.WRONG
-        if self._is_lenient(entry):
+        if not is_equal and self._is_lenient(entry):
             self.counts["scorer is lenient"] += 1
             return Verdict.WRONG
         return Verdict.CORRECT
@@ -185,6 +200,11 @@ class _Drawn:
             if number < len(self.found[split]):
                 return True
         return False
+
+
+def _bare(text: str) -> str:
+    """A fraction as it is written, without LaTeX and the ``$`` around it."""
+    return plain_text(value_part(text)).replace(" /", "/").replace("/ ", "/").strip("$ ")
 
 
 def _installed() -> Any:

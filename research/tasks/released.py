@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from research.errors import ConfigError
 from research.records import Problem, Trace
+from research.tasks.answers import boxed
 from research.tasks.base import AbstractTask, Split
 from research.tasks.commonsense import CommonsenseQa
 from research.tasks.drawing import SPLITS
@@ -170,16 +171,3 @@ def _thought(written: str) -> Parsed:
     if number is None:
         raise Skipped("boxed answer is no number")
     return Parsed(found[1], canonical(number.value))
-
-
-def boxed(text: str) -> str | None:
-    r"""What stands in the last ``\boxed{...}``, brackets balanced; None where there is none."""
-    _, mark, rest = text.rpartition(r"\boxed{")
-    if not mark:
-        return None
-    depth = 1
-    for place, sign in enumerate(rest):
-        depth += (sign == "{") - (sign == "}")
-        if depth == 0:
-            return rest[:place]
-    return None

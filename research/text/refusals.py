@@ -41,3 +41,12 @@ class Unreadable(Refused):
     """A chain or answer that holds the template's own marks, so that it would not be read back as it was written."""
 
     reason = "unreadable"
+
+
+def refuse_overlong(where: str, num_tokens: int, longest: int | None) -> None:
+    """Raises TooLong for a prompt of more than ``longest`` tokens; None: no limit is known."""
+    if longest is not None and num_tokens > longest:
+        raise TooLong(
+            f"the prompt of {where} has {num_tokens} tokens, and the model has room for an answer behind {longest} at "
+            "most; shorten it, drop it, or take a model with a longer context"
+        )

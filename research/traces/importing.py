@@ -5,7 +5,8 @@ a value other than null, and in ``messages`` or ``conversations`` (one user turn
 none. Where chain or answer is missing, the other is taken apart, in this order: a leading ``<think>``...``</think>`` is
 the chain and what follows it the answer; else what follows the last ``####`` is the answer and what precedes it the
 chain. A chain that still begins with ``<think>`` beside an answer of its own is unwrapped; what followed
-``</think>`` is kept under ``details["after_think"]``. All other fields of the row are kept in ``details``.
+``</think>`` is kept under ``details["after_think"]``. All other fields of the row are kept as they stand, together and
+apart from ours, under ``details["row"]``: a column of theirs called verdict or outcome is never read as one.
 """
 
 import gzip
@@ -28,6 +29,7 @@ ALIASES = {
     "answer": ("answer", "final_answer", "output", "response", "completion", "generation", "text"),
     "correct": ("correct", "teacher_correct", "is_correct"),
 }
+ROW = "row"  # the key of a trace's details that holds the row's other fields
 TURNS = ("messages", "conversations")
 SPEAKERS = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 REASONS = (
@@ -163,7 +165,8 @@ def read_row(line: bytes, number: int, *, allow_empty_chain: bool = False) -> Tr
     problem, chain, answer, used = _fields(row)
     if problem is None or not problem.strip():
         raise BadRow("no_problem", f"none of {', '.join(ALIASES['problem'])} has a text")
-    details = {name: value for name, value in row.items() if name not in used}
+    rest = {name: value for name, value in row.items() if name not in used}
+    details: dict[str, Any] = {ROW: rest} if rest else {}
     if chain is None or answer is None:
         chain, answer = _apart(chain if answer is None else answer, is_chain=answer is None)
     elif chain.lstrip().startswith("<think>"):

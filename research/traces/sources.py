@@ -12,7 +12,7 @@ from research.generation.base import AbstractGenerator, Prompt, Written
 from research.records import Problem, Sampling, Trace, Verdict
 from research.tasks.grading import Grader
 from research.text.codec import Codec
-from research.text.refusals import Refused
+from research.text.refusals import Refused, refuse_overlong
 from research.traces.candidates import Candidate
 from research.traces.corruptions import Corruption
 from research.traces.importing import TraceImport
@@ -79,9 +79,11 @@ class TeacherSource(AbstractSource):
     corruption      an error channel between the teacher and everybody else; None: none
     block_problems  problems of one shard
 
-    Prompts have no template where the server's chat endpoint writes its own. A problem that the codec cannot write is
-    one candidate without text, barred by the codec's reason. Raises ValueError where the generator gives completions
-    of a problem twice, not at all, or another number than asked for.
+    Prompts have no template where the server's chat endpoint writes its own. A problem that the codec cannot write, or
+    whose prompt leaves the generator no room for an answer, is one candidate without text, barred by the reason.
+
+    Raises ValueError where the generator gives completions of a problem twice, not at all, or another number than asked
+    for.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class TeacherSource(AbstractSource):
         text = problem.text if bare else self._reader.grader.template.prompt(problem.text)
         try:
             ids = () if self._codec is None or bare else tuple(self._codec.prompt_ids(problem.text))
+            refuse_overlong(f"problem {problem.index}", len(ids), self.generator.longest_prompt)
         except Refused as error:
             trace = Trace(problem.text, "", "", problem.index, details=about(problem, "teacher"))
             return Candidate(trace, "", barred=error.reason)

@@ -1,5 +1,6 @@
 """Every YAML under conf/ and experiments/, found recursively: it composes, what it names exists, it builds, it runs."""
 
+import json
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -176,6 +177,11 @@ def needs(
                 return []
             case "task/gsm8k" | "task/gsm8k_r1" | "task/svamp" | "task/commonsense_qa" | "task/reasoning_gym":
                 return text(group, **OPEN_TEXT)
+            case "task/free_form":
+                pytest.importorskip("math_verify")
+                rows = [{"problem": f"What is x + {number}?", "answer": f"x+{number}"} for number in range(60)]
+                (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+                return [*text(group, **OPEN_TEXT), f"task.path='{tmp_path}/mine.jsonl'"]
         return text(group) if group in ("task", "template", "model") else []
 
     return given

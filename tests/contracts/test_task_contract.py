@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,18 @@ from research.tasks.drawing import SPLITS
 CONF = Path(__file__).parents[2] / "conf" / "task"
 TARGETS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml")) if path.stem != "none"}
 FILES = {"gsm8k": "gsm8k", "gsm8k_r1": "traces", "svamp": "traces", "commonsense_qa": "traces"}
+OWN_FOLDER = tempfile.TemporaryDirectory()  # a file as a user brings it; gone with this process
+OWN_FILE = Path(OWN_FOLDER.name) / "mine.jsonl"
+OWN_FILE.write_text(
+    "".join(
+        json.dumps({"problem": f"Add {a} and {b}{x}.", "answer": f"{b}{x}+{a}" if x else str(a + b)}) + "\n"
+        for a in range(21, 41)
+        for b in range(31, 51)
+        for x in ("", "x")
+    )
+)
 VARIANTS: dict[str, dict[str, Any]] = {
+    "free_form": TARGETS["free_form"] | {"path": str(OWN_FILE), "timeout_s": 20.0},
     "sum5_verbose": TARGETS["sum5"] | {"verbose": True},
     "sum3_to_9": TARGETS["sum5"] | {"num_terms": 3, "highest": 9},
     "addition_terse": TARGETS["addition"] | {"verbose": False},
@@ -37,7 +49,7 @@ WIDE = {  # problems so many that two seeds need share none
 }
 FIRST_SUMS = ["00+49-34+55+11", "81+13-50-22-01"]
 FIRST_ADDITIONS = ["89+19", "94+28"]
-GENERATED = [name for name in NODES if name not in FILES and name not in ("gsm8k_marks", "svamp_no_chain")]
+GENERATED = [name for name in NODES if name not in (*FILES, "gsm8k_marks", "svamp_no_chain", "free_form")]
 NUM = 60
 
 
@@ -53,6 +65,8 @@ def name(request: pytest.FixtureRequest, require_data: Callable[..., Path]) -> s
             require_data(folder)
     if request.param.startswith("reasoning_gym"):
         pytest.importorskip("reasoning_gym")
+    if request.param == "free_form":
+        pytest.importorskip("math_verify")
     return request.param
 
 
@@ -239,7 +253,7 @@ def digest(task: AbstractTask) -> str:
 def test_p76_another_process_with_another_hash_seed_draws_the_same(require_data: Callable[..., Path]) -> None:
     """Against this process, whose hash seed is drawn afresh in every run of the tests."""
     require_data("gsm8k"), require_data("traces")
-    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("reasoning_gym"), pytest.importorskip("math_verify")
     environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), json.dumps(list(NODES))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)

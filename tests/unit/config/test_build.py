@@ -91,6 +91,12 @@ def test_a_key_that_the_run_sets_is_refused() -> None:
         config.make({**DIGITS, "seed": 3}, "data", seed=0)
 
 
+def test_a_key_that_its_file_leaves_open_is_named() -> None:
+    node = {"_target_": "research.tasks.free_form.FreeFormMath", "path": "???", "timeout_s": 5.0}
+    with pytest.raises(ConfigError, match=r"task\.path is not set; research\.tasks\.free_form\.FreeFormMath needs it"):
+        config.make(node, "task")
+
+
 def test_a_key_without_which_nothing_works_is_named() -> None:
     node = {"_target_": "research.teachers.load.frozen"}
     with pytest.raises(ConfigError, match=r"teacher\.path is not set; research\.teachers\.load\.frozen needs it"):

@@ -1,5 +1,6 @@
 """Exposure: distances along each writer's own text, against a loop over single documents without padding."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -101,6 +102,18 @@ def test_the_step_of_the_first_error(data: TraceData) -> None:
     found = measured(data, student, network(data, 1)).metrics
     assert found.get("test/first_error_step") == (pytest.approx(sum(steps) / len(steps)) if steps else None)
     assert steps, "this network writes some chains"
+
+
+def test_problems_without_room_for_an_answer_are_left_out(data: TraceData, caplog: pytest.LogCaptureFixture) -> None:
+    codec, problems = data.codec, data.problems("test")
+    overlong = replace(problems[0], index=NUM, text="1" * 70)  # 64 places
+    options: dict[str, Any] = {"max_new_tokens": LIMIT, "seed": SEED, "split": "test"}
+    student, teacher = network(data, 0), network(data, 1)
+    given = (student, teacher, codec, codec, Grader(data.task, codec.template, codec.layout))
+    assert measure_exposure(*given, [*problems, overlong], **options).metrics == measured(data, *given[:2]).metrics
+    assert f"1 of {NUM + 1} prompts cannot be asked (1 too_long)" in caplog.text
+    with pytest.raises(ValueError, match="of 1 given, none can be asked of both"):
+        measure_exposure(*given, [overlong], **options)
 
 
 def test_networks_come_back_in_their_modes_and_no_random_number_is_drawn(data: TraceData) -> None:

@@ -23,6 +23,7 @@ from research.records import Completion, Problem, Sampling, Verdict
 from research.results.items import pack_items, read_items, write_items
 from research.tasks.base import AbstractTask, StepReport
 from research.tasks.grading import Grader
+from research.text.refusals import ControlToken
 from research.text.template import AbstractTemplate, Parsed
 
 
@@ -207,6 +208,43 @@ def test_refused_problems_are_not_written_for() -> None:
     evaluate_sequences(generator, Letters(), grader(), problems, GREEDY, split="test")
     assert [prompt.index for prompt in generator.prompts] == list(range(1, 10))
     assert generator.prompts[0].text == "Q:40->" and generator.prompts[0].ids == tuple(map(ord, "Q:40->"))
+
+
+class Narrow(Letters):
+    """A codec that cannot write the problem 112."""
+
+    def prompt_ids(self, problem_text):
+        if problem_text == "112":
+            raise ControlToken("it holds a control token")
+        return super().prompt_ids(problem_text)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(2, 1.0)])
+def test_prompts_that_cannot_be_asked_are_not_right_and_counted_by_reason(sampling, caplog) -> None:
+    """Of the prompts Q:12-> to Q:544->, with 6 or 7 ids, those of 7 leave the writer no room."""
+    script = {index: [text] * sampling.num_samples for index, text in GOLD.items()}
+    generator = Scripted(script)
+    generator.longest_prompt = 6
+    overlong = [problem.index for problem in PROBLEMS if len(problem.text) > 2 and problem.index != 2]
+    result = evaluate_sequences(generator, Narrow(), grader(), PROBLEMS, sampling, split="test")
+    start = "test/sampled_" if sampling.num_samples > 1 else "test/"
+    value = {name.removeprefix(start): number for name, number in result.metrics.items()}
+    unasked = {2, *overlong}
+    assert len(overlong) == 5
+    assert sorted(prompt.index for prompt in generator.prompts) == sorted(set(range(10)) - unasked)
+    assert value["refused_prompts_control_token"] == 1 and value["refused_prompts_too_long"] == len(overlong)
+    right = value["accuracy" if sampling is GREEDY else "pass_at_1"]
+    assert value["problems"] == 10 and right == 1 - len(unasked) / 10 and value["unparsed"] == len(unasked) / 10
+    lengths = [len(GOLD[index]) + 1 for index in range(10) if index not in unasked]
+    assert value["tokens_per_answer"] == sum(lengths) / len(lengths) and not result.omitted
+    levels = [problem.level for problem in PROBLEMS]
+    names = sequence_metric_names(sampling, levels, ("too_long", "control_token"))
+    assert set(result.metrics) == {f"test/{name}" for name in names}
+    rows = dict(zip(result.samples["index"].tolist(), result.samples["stop"].tolist(), strict=False))
+    assert rows[2] == "control_token" and {rows[index] for index in overlong} == {"too_long"}
+    assert f"{len(unasked)} of 10 prompts cannot be asked" in caplog.text
+    if sampling is GREEDY:
+        assert regrade(grader(), PROBLEMS, result.items)[2] is Verdict.UNPARSED
 
 
 def test_rows_are_in_order_whatever_the_order_of_problems() -> None:

@@ -14,7 +14,7 @@ from research.errors import ConfigError
 from research.records import Verdict
 from research.tasks import math_verifier
 from research.tasks.free_form import FreeFormMath
-from research.tasks.math_verifier import MathVerifier, unwrapped
+from research.tasks.math_verifier import MathVerifier
 from research.tasks.math_worker import judge
 
 pytest.importorskip("math_verify")
@@ -31,6 +31,15 @@ def verifier() -> Iterator[MathVerifier]:
 
 TABLE = [
     ("18", "$18$", CORRECT),
+    ("$18", "18", CORRECT),
+    ("18", "$18.00", CORRECT),
+    ("$18", "$8", WRONG),
+    ("$18", "\\frac{36}{2}", CORRECT),
+    ("18", "x = 18", CORRECT),
+    ("x+1", "Hence the sum is \\boxed{1 + x}.", CORRECT),
+    ("x+1", "\\boxed{x+1} or rather \\boxed{x+2}", WRONG),
+    ("x+1", "x+1, \\boxed{}", UNPARSED),
+    ("x+1", "x+1, \\boxed{x+1", UNPARSED),
     ("\\frac{1}{2}", "0.5", CORRECT),
     ("50%", ".5", CORRECT),  # P69
     ("50\\%", "50", CORRECT),
@@ -151,23 +160,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_copy_starts_a_process_of_its_own(verifier: MathVerifier) -> None:
     copy = pickle.loads(pickle.dumps(verifier))
     assert copy.timeout_s == verifier.timeout_s and copy._worker is None and not copy.counts
-
-
-@pytest.mark.parametrize(
-    ("text", "inner"),
-    [
-        ("$18$", "18"),
-        ("$$18$$", "18"),
-        (r"\(x\)", "x"),
-        (r"\[x\]", "x"),
-        (r"\boxed{x}", "x"),
-        (r"$\boxed{x}$.", "x"),
-        ("$1$ or $2$", "$1$ or $2$"),
-        ("$5", "$5"),
-    ],
-)
-def test_wrappings(text: str, inner: str) -> None:
-    assert unwrapped(text) == inner
 
 
 def test_a_file_of_free_form_problems(tmp_path: Path) -> None:

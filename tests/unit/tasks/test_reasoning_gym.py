@@ -1,6 +1,7 @@
 """reasoning-gym: what is refused, how strictly it is graded, which of its scorers would run text as code."""
 
 import re
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,47 @@ def test_numbers_are_compared_without_tolerance() -> None:
     problem = Problem(0, "q", "3.14159", details={"metadata": item["metadata"]})
     assert task.verify(problem, "3.141590") is Verdict.CORRECT
     assert task.verify(problem, "3.1416") is Verdict.WRONG
+
+
+@pytest.mark.parametrize(
+    ("dataset", "gold", "metadata", "answer", "verdict"),
+    [
+        ("dice", "1/60", {}, "2/120", "wrong"),
+        ("dice", "1/60", {}, "1/60", "correct"),
+        ("dice", "1/60", {}, "1 / 60", "correct"),
+        ("dice", "1/60", {}, "\\boxed{\\frac{1}{60}}", "correct"),
+        ("dice", "1/60", {}, "1/61", "wrong"),
+        ("basic_arithmetic", "9", {}, "18/2", "wrong"),
+        ("basic_arithmetic", "9", {}, "3*3", "wrong"),
+        ("basic_arithmetic", "9", {}, "9.0", "correct"),
+        ("basic_arithmetic", "9", {}, "The answer is \\boxed{9}.", "correct"),
+        ("basic_arithmetic", "9", {}, "\\boxed{18/2}", "wrong"),
+        ("basic_arithmetic", "9", {}, "\\boxed{9} or \\boxed{8}", "wrong"),
+        ("basic_arithmetic", "9", {}, "9 \\boxed{}", "unparsed"),
+        ("basic_arithmetic", "9", {}, "\\boxed{9", "unparsed"),
+        ("simple_equations", "9", {}, "x = 9", "correct"),
+        ("simple_equations", "9", {}, "x = 19", "wrong"),
+        ("coin_flip", "0.5", {}, "1/2", "correct"),  # its scorer reads fractions
+        ("coin_flip", "0.5", {}, "0.50001", "wrong"),
+    ],
+)
+def test_a_fraction_needs_the_scorer_too(dataset: str, gold: str, metadata: Any, answer: str, verdict: str) -> None:
+    assert ReasoningGym(dataset).verify(Problem(0, "q", gold, details={"metadata": metadata}), answer) == verdict
+
+
+@pytest.mark.parametrize("style", ["plain", "latex_inline", "latex_frac", "latex_dfrac"])
+def test_a_fraction_that_was_to_be_reduced_earns_nothing_unreduced(style: str) -> None:
+    """The answer copied out of the question, against the fractions that Python reduces."""
+    task = ReasoningGym("fraction_simplification", {"styles": [style], "min_factor": 2})
+    for problem in task.problems("train", 20):
+        copied = problem.text.partition("fraction ")[2].partition(" to")[0]
+        above, below = (int(part) for part in re.findall("[0-9]+", copied))
+        reduced = Fraction(above, below)
+        assert task._scorer._extract_fraction(copied) == (above, below) != (reduced.numerator, reduced.denominator)
+        assert task.verify(problem, copied) is Verdict.WRONG
+        for form in ("{}/{}", "\\frac{{{}}}{{{}}}", "$\\frac{{{}}}{{{}}}$", "so \\boxed{{{}/{}}}."):
+            assert task.verify(problem, form.format(reduced.numerator, reduced.denominator)) is Verdict.CORRECT
+            assert task.verify(problem, form.format(above, below)) is Verdict.WRONG
 
 
 def test_p71_what_a_scorer_raises_is_counted_and_never_wrong() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from research.errors import ConfigError
 from research.tasks.drawing import SPLITS
-from research.tasks.released import RELEASED, Released, boxed, read_released
+from research.tasks.released import RELEASED, Released, read_released
 
 ROWS = {"svamp_palm540b": 1000, "cqa_palm540b": 10_962, "gsm8k_r1distill": 3957}
 
@@ -83,20 +83,6 @@ def test_r1_on_gsm8k(require_data: Callable[..., Path]) -> None:
     assert reasons == {"thinking was not closed": 125, "no boxed answer": 41, "boxed answer is no number": 24}
     trace = found.traces["train"][0]
     assert "<think>" not in trace.chain and "boxed" not in trace.chain and trace.answer.isdigit()
-
-
-@pytest.mark.parametrize(
-    ("text", "inner"),
-    [
-        (r"so \boxed{18}", "18"),
-        (r"\boxed{1} then \boxed{\frac{1}{2}} done", r"\frac{1}{2}"),
-        (r"\boxed{{a}{b}}", "{a}{b}"),
-        (r"\boxed{18", None),
-        ("18", None),
-    ],
-)
-def test_the_last_box_brackets_balanced(text: str, inner: str | None) -> None:
-    assert boxed(text) == inner
 
 
 def test_a_name_that_is_none_is_refused() -> None:

@@ -94,8 +94,23 @@ def test_other_fields_are_kept(tmp_path: Path) -> None:
     path.write_text(f"{json.dumps(row)}\n\n{json.dumps(think)}\n")
     first, second = TraceImport(path)
     assert (first.index, first.sample) == (0, 2) and second.index == 2, "the line number, from 0"
-    assert first.details == {"id": 7, "choices": ["a", "b"], "sample": 2, "teacher_correct": False, "verdict": "wrong"}
+    theirs = {"id": 7, "choices": ["a", "b"], "sample": 2, "teacher_correct": False}
+    assert first.details == {"row": theirs, "verdict": "wrong"}
     assert second.chain == "one" and second.details == {"after_think": "and then"}
+
+
+def test_a_column_of_theirs_is_never_read_as_ours(tmp_path: Path) -> None:
+    """Under every name that this program itself writes into details, with values that it would not."""
+    names = ("verdict", "outcome", "corruption", "origin", "steps", "stop", "gold", "mode", "source", "row", "details")
+    theirs: dict[str, Any] = {name: ["theirs", {"a": None}] for name in names} | {
+        "verdict": "excellent",
+        "level": "hard",
+    }
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD | theirs) + "\n" + json.dumps(GOOD | theirs | {"correct": True}) + "\n")
+    first, second = TraceImport(path)
+    assert first.details == {"row": theirs}
+    assert second.details == {"row": theirs | {"correct": True}, "verdict": "correct"}
 
 
 # -- bad rows ---------------------------------------------------------------------------------------------------------
@@ -237,7 +252,7 @@ def test_real_trace_files(
         assert sum(trace.details["verdict"] == "correct" for trace in traces) == correct
     else:
         assert {trace.sample for trace in traces} == {0, 1, 2}
-        assert all(trace.details["has_close_think"] for trace in traces)
+        assert all(trace.details["row"]["has_close_think"] for trace in traces)
 
 
 def test_gsm8k_as_it_is_published(require_data: Callable[..., Path]) -> None:

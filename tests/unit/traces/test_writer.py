@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from research.errors import ConfigError
 from research.generation.base import AbstractGenerator, Prompt, Written
+from research.generation.in_process import LocalGenerator
 from research.records import Completion, Problem, Sampling, Verdict
 from research.tasks.arithmetic import ChainedSums
 from research.tasks.grading import Grader
 from research.text.codec import Codec
 from research.text.templates import Plain
+from research.text.tokenizer import build_tokenizer
 from research.traces.corruptions import Corruption
 from research.traces.filters import build_filters
 from research.traces.importing import TraceImport
@@ -248,6 +251,31 @@ def test_a_problem_that_cannot_be_posed_is_counted(sums_codec: Codec, scripted: 
     assert barred.trace.problem == "17 plus 3" and barred.text == ""
 
 
+def test_a_prompt_without_room_for_an_answer_is_counted_and_the_others_are_asked(tmp_path: Path) -> None:
+    """A model of 40 places: the prompt of 40 tokens fills it, that of 39 leaves room for one token."""
+    sums = ChainedSums()
+    tokenizer = build_tokenizer("characters", alphabet=str(sums.alphabet) + Plain.alphabet)
+    codec = Codec(tokenizer, Plain(), max_tokens=2**20)
+    config = LlamaConfig(
+        vocab_size=codec.vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    generator = LocalGenerator(LlamaForCausalLM(config), codec)
+    problems = sums.problems("train", 3)
+    texts = [problems[0].text, "1" * 39, "1" * 38]
+    problems = [replace(problem, text=text) for problem, text in zip(problems, texts, strict=True)]
+    assert [len(codec.prompt_ids(text)) for text in texts[1:]] == [40, 39]
+    grader = Grader(sums, Plain(), "chain_then_answer")
+    source = TeacherSource(problems, generator, grader, Sampling(2, 1.0, max_new_tokens=50), codec=codec)
+    tally = write(tmp_path, source, []).tally
+    assert tally.dropped["too_long"] == 1 and tally.written == 5 and tally.problems == 3
+    rows = [(row.trace.index, row.reason, row.text) for row in rows_in(tmp_path)]
+    assert [row for row in rows if row[1] == "too_long"] == [(1, "too_long", "")]
+    assert [index for index, *_ in rows] == [0, 0, 1, 2, 2]
+    with pytest.raises(ValueError, match="prompt 1 has 40 tokens and the model's context is 40"):
+        generator.generate([Prompt(1, "", tuple(codec.prompt_ids(texts[1])))], SAMPLING)
+
+
 def test_a_chat_server_gets_the_problem_without_a_template(ten: Any, scripted: Any, tmp_path: Path) -> None:
     seen: list[str] = []
 
@@ -306,6 +334,18 @@ def test_c22_an_answer_key_passes_what_a_step_verifier_drops(
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_columns_of_theirs_stop_no_import_and_enter_no_count(tmp_path: Path) -> None:
+    theirs = {"verdict": "excellent", "outcome": ["lucky_answer"], "corruption": {"kind": "typo"}, "origin": "here"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"problem": "q", "chain": "c", "answer": "a"} | theirs) + "\n")
+    source = FileSource(TraceImport(path))
+    tally = write(tmp_path / "store", source, ["duplicates"]).tally
+    (row,) = TraceStore(tmp_path / "store").rows()
+    assert row.trace.details == {"row": theirs, "origin": "file"} and row.verdict is None
+    assert tally.verdicts == {"none": 1} and tally.outcomes == tally.corruptions == {}
+    assert "verdict" not in source.gives, "nobody has verified them"
 
 
 def test_a_file_becomes_a_store_and_its_bad_rows_are_in_the_ledger(tmp_path: Path) -> None:
