@@ -67,7 +67,7 @@ def readable(grader: Grader, problems: Sequence[Problem]) -> tuple[list[Problem]
     for index, count in Counter(indices).most_common(1):
         if count > 1:
             raise ValueError(f"the index {index} stands for {count} problems; expected one each")
-    kept = [problem for problem in problems if grader.task.verify(problem, problem.answer) is Verdict.CORRECT]
+    kept = [problem for problem in problems if grader.task.is_readable(problem)]
     kept_indices = {problem.index for problem in kept}
     refused = tuple(index for index in indices if index not in kept_indices)
     if not kept:

@@ -20,7 +20,7 @@ from research.evaluation.findings import LEVELS, Finding, ok, refusal, skipped, 
 from research.evaluation.preflight_distributions import Agreement, CannotBeAsked, Pair, agreement, asking
 from research.evaluation.teacher_folder import TeacherFolder, read_teacher_folder
 from research.generation.in_process import LocalGenerator
-from research.records import Completion, Problem, Sampling, Verdict
+from research.records import Completion, Problem, Sampling
 from research.tasks.grading import Grader
 from research.teachers.base import AbstractTeacher
 from research.teachers.frozen import FrozenTeacher
@@ -223,7 +223,7 @@ class _Flight:
     def _write(self, network: nn.Module, codec: Codec, problems: Sequence[Problem], limit: int) -> _Answered | None:
         """Greedy answers, graded; None where no gold answer can be read."""
         grader = Grader(self.data.task, codec.template, codec.layout)
-        kept = [problem for problem in problems if self._is_readable(problem)]
+        kept = [problem for problem in problems if self.data.task.is_readable(problem)]
         if not kept:
             return None
         generator = LocalGenerator(network, codec.tokenizer, eos_ids=codec.eos_ids, pad_id=codec.pad_id)
@@ -231,9 +231,6 @@ class _Flight:
         written = write_completions(generator, codec, codec.template, texts, Sampling(max_new_tokens=limit))
         right = sum(score(grader, problem, written[problem.index])[0].grade.correct for problem in kept)
         return _Answered(written, right, len(kept))
-
-    def _is_readable(self, problem: Problem) -> bool:
-        return self.data.task.verify(problem, problem.answer) is Verdict.CORRECT
 
     def _judge_overlap(self, found: Agreement | None, where: str) -> None:
         if found is None:

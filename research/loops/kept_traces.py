@@ -6,10 +6,11 @@ from typing import Any
 
 from research.records import Problem, Verdict
 from research.traces.rows import StoredTrace
+from research.traces.sources import GOLD_UNREADABLE
 
 GENERATED, RATIONALISED = "generated", "rationalised"
 ORIGINS = (GENERATED, RATIONALISED)
-FATES = (GENERATED, RATIONALISED, "not_hinted", "hint_failed", "gold_unreadable")
+FATES = (GENERATED, RATIONALISED, "not_hinted", "hint_failed", GOLD_UNREADABLE)
 KEPT = "kept"
 
 
@@ -53,7 +54,7 @@ def fates(rows: Iterable[StoredTrace], problems: Sequence[Problem], num_refused:
         if origin(row) == RATIONALISED:
             hinted.add(row.trace.index)
     counts = dict.fromkeys(FATES, 0)
-    counts["gold_unreadable"] = num_refused
+    counts[GOLD_UNREADABLE] = num_refused
     for problem in problems:
         failed = "hint_failed" if problem.index in hinted else "not_hinted"
         counts[kept.get(problem.index, failed)] += 1

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from research.errors import ConfigError
 from research.methods.rollouts import Rollout
-from research.records import Problem, Verdict
+from research.records import Problem
 from research.tasks.grading import Grade, Grader
 
 
@@ -55,5 +55,5 @@ class VerifierReward:
     def _is_readable(self, problem: Problem) -> bool:
         """Whether the gold answer is right by its own verifier."""
         if problem.index not in self._readable:
-            self._readable[problem.index] = self._grader.task.verify(problem, problem.answer) is Verdict.CORRECT
+            self._readable[problem.index] = self._grader.task.is_readable(problem)
         return self._readable[problem.index]

@@ -65,6 +65,10 @@ class AbstractTask(ABC):
         grader's to say. Never evaluates text as code; never raises on any text.
         """
 
+    def is_readable(self, problem: Problem) -> bool:
+        """Whether the problem's own answer is right by its own verifier: one that cannot be read rewards nothing."""
+        return self.verify(problem, problem.answer) is Verdict.CORRECT
+
     def verify_steps(self, problem: Problem, chain: str) -> StepReport | None:
         """What is right and wrong in a chain, step by step; None where this task cannot check steps."""
         return None

@@ -19,6 +19,8 @@ from research.traces.importing import TraceImport
 from research.traces.journal import Cost, Journal
 from research.traces.reader import Reader, about, count_tokens
 
+GOLD_UNREADABLE = "gold_unreadable"
+
 
 class Watch(Protocol):
     """Told how far a run is, for a progress bar."""
@@ -80,7 +82,8 @@ class TeacherSource(AbstractSource):
     block_problems  problems of one shard
 
     Prompts have no template where the server's chat endpoint writes its own. A problem that the codec cannot write, or
-    whose prompt leaves the generator no room for an answer, is one candidate without text, barred by the reason.
+    whose prompt leaves the generator no room for an answer, is one candidate without text, barred by the reason. So is
+    one whose own answer cannot be read (``gold_unreadable``): nobody is paid to answer it.
 
     Raises ValueError where the generator gives completions of a problem twice, not at all, or another number than asked
     for.
@@ -138,6 +141,9 @@ class TeacherSource(AbstractSource):
         return Block(candidates, len(problems), cost)
 
     def _prompt(self, problem: Problem) -> Prompt | Candidate:
+        if not self._reader.grader.task.is_readable(problem):
+            trace = Trace(problem.text, "", "", problem.index, details=about(problem, "teacher"))
+            return Candidate(trace, "", barred=GOLD_UNREADABLE)
         bare = self.generator.identity.get("endpoint") == "chat"
         text = problem.text if bare else self._reader.grader.template.prompt(problem.text)
         try:

@@ -19,14 +19,18 @@ from research.traces.store import store_rows
 
 
 class TenItems(AbstractTask):
-    """``dbl3``: the chain ``3;6``, the answer ``6``; item 7 has a gold answer that cannot be read."""
+    """``dbl3``: the chain ``3;6``, the answer ``6``; the gold answer of an ``unreadable`` item cannot be read."""
 
     name = "ten"
     alphabet = "dbl0123456789;?"
     checks_steps = True
 
+    def __init__(self, unreadable: int | None = None) -> None:
+        self.unreadable = unreadable
+
     def problems(self, split: Split, num: int | None = None, seed: int = 0) -> list[Problem]:
-        return [Problem(n, f"dbl{n}", "??" if n == 7 else str(2 * n), f"{n};{2 * n}") for n in range(10)][:num]
+        golds = ["??" if n == self.unreadable else str(2 * n) for n in range(10)]
+        return [Problem(n, f"dbl{n}", gold, f"{n};{2 * n}") for n, gold in enumerate(golds)][:num]
 
     def verify(self, problem: Problem, answer: str | None) -> Verdict:
         if answer is None or not answer.isdigit() or not problem.answer.isdigit():
@@ -65,6 +69,11 @@ class Scripted(AbstractGenerator):
 @pytest.fixture
 def ten() -> TenItems:
     return TenItems()
+
+
+@pytest.fixture
+def ten_but_7() -> TenItems:
+    return TenItems(unreadable=7)
 
 
 @pytest.fixture
