@@ -34,7 +34,9 @@ class ServerGenerator(AbstractGenerator):
     concurrency          prompts under way at once
     choices_per_request  1 for servers that ignore "n" (`transformers serve`); None: as many as are missing
     extra_body           more fields of every request. A server applies the `generation_config` of its model unless told
-                         otherwise, so switch its penalties and top-k off here, in the server's own words
+                         otherwise, so switch its penalties and top-k off here, in the server's own words. A chat
+                         template's text holds the BOS: where the server of "completions" adds one, tell it not to
+                         (vLLM: ``add_special_tokens: false``)
     timeout_s, max_retries, backoff_s, max_wait_s   see :class:`CompletionClient`
 
     Every request has a seed made of (seed, prompt's index, first sample asked for); whether equal seeds give equal
