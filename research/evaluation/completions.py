@@ -15,6 +15,7 @@ from research.metrics.sequences import majority
 from research.records import Completion, Problem, Sampling, Verdict
 from research.results.items import read_items
 from research.results.record import write_atomic
+from research.tasks.answers import unboxed
 from research.tasks.grading import Grade, Grader
 from research.text.refusals import Refused, refuse_overlong
 from research.text.template import AbstractTemplate
@@ -53,8 +54,9 @@ class Scored:
 
     @property
     def vote(self) -> str | None:
-        """The answer as it counts in a majority: None where none could be read, or where it was cut off."""
-        return None if self.grade.verdict in _VOTELESS else self.grade.answer
+        """The answer as it counts in a majority, its last box where it has one; None where it was unread or cut off."""
+        answer = self.grade.answer
+        return None if answer is None or self.grade.verdict in _VOTELESS else unboxed(answer)
 
 
 def readable(grader: Grader, problems: Sequence[Problem]) -> tuple[list[Problem], tuple[int, ...]]:

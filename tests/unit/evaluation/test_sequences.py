@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from research.evaluation.completions import read_samples, readable, regrade, regurgitates, write_samples
+from research.evaluation.completions import read_samples, readable, regrade, regurgitates, score, write_samples
 from research.evaluation.sequences import (
     CHAIN_NAMES,
     GREEDY_NAMES,
@@ -23,8 +23,10 @@ from research.records import Completion, Problem, Sampling, Verdict
 from research.results.items import pack_items, read_items, write_items
 from research.tasks.base import AbstractTask, StepReport
 from research.tasks.grading import Grader
+from research.tasks.word_problems import Gsm8k
 from research.text.refusals import ControlToken
 from research.text.template import AbstractTemplate, Parsed
+from research.text.templates import Think
 
 
 class Halving(AbstractTask):
@@ -245,6 +247,14 @@ def test_prompts_that_cannot_be_asked_are_not_right_and_counted_by_reason(sampli
     assert f"{len(unasked)} of 10 prompts cannot be asked" in caplog.text
     if sampling is GREEDY:
         assert regrade(grader(), PROBLEMS, result.items)[2] is Verdict.UNPARSED
+
+
+def test_a_vote_is_the_box_and_not_the_prose_around_it() -> None:
+    problem = Problem(0, "What is 9 + 9?", "18")
+    texts = ("So \\boxed{18}.", "That makes $\\boxed{18}$", "18", "No: \\boxed{8}", "\\boxed{}")
+    completions = [Completion((), f"<think>\n9 + 9\n</think>\n\n{text}", "eos") for text in texts]
+    votes = [one.vote for one in score(Grader(Gsm8k(), Think(), "chain_then_answer"), problem, completions)]
+    assert votes == ["18", "18", "18", "8", None]
 
 
 def test_rows_are_in_order_whatever_the_order_of_problems() -> None:

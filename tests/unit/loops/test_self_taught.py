@@ -338,6 +338,14 @@ def test_p66_an_unreadable_gold_answer_is_never_posed(tmp_path) -> None:
     assert 0 not in {row.trace.index for row in TraceStore(tmp_path / "iteration_01" / "traces").rows()}
 
 
+def test_a_problem_that_cannot_be_asked_is_counted_by_reason(tmp_path) -> None:
+    problems = [replace(PROBLEMS[0], text="\u20ac"), *PROBLEMS[1:]]
+    record = loop(problems=problems, hints=Hints(), iterations=1)[0].run(tmp_path).records[1]
+    assert record["first_try"]["unknown_character"] == 1 and sum(record["first_try"].values()) == NUM_PROBLEMS
+    (row,) = [row for row in TraceStore(tmp_path / "iteration_01" / "traces").rows() if row.trace.index == 0]
+    assert not row.kept and row.text == "" and row.tokens is None
+
+
 def test_of_several_right_samples_the_first_is_kept(tmp_path) -> None:
     own = collector(sampling=replace(SAMPLING, num_samples=4))
     rows = own.collect(Solver(Skills(0.6), Clock()), tmp_path, {}, 3)
