@@ -224,9 +224,8 @@ class SweepController:
 
     def _leave_none_taken(self) -> None:
         """Let trials wait again that this process took and did not come to run: nothing of its own runs any more."""
-        for trial in self.store.trials():
-            if trial.state.name == "RUNNING" and is_this_process(trial.user_attrs.get("lease")):
-                self.store.interrupted(trial.number, "its command ended before it began", counts=False)
+        for number in self.store.running_here():
+            self.store.interrupted(number, "its command ended before it began", counts=False)
 
     def _wait_for_the_dying(self, *, counts: bool) -> None:
         """Give workers that are being stopped a moment, then let their trials wait again."""

@@ -71,6 +71,14 @@ class TrialStore:
         """One trial."""
         return self.study().get_trials(deepcopy=False)[number]
 
+    def running_here(self) -> list[int]:
+        """The numbers of the running trials whose lease names this process, whether it works on them or not."""
+        return [
+            trial.number
+            for trial in self.trials()
+            if trial.state.name == "RUNNING" and is_this_process(trial.user_attrs.get("lease"))
+        ]
+
     def counts(self) -> Counts:
         """How many trials came how far."""
         from optuna.trial import TrialState
@@ -144,6 +152,7 @@ class TrialStore:
         """The next waiting trial, now running and leased to this process, its values drawn; None where none waits.
 
         seed   of this process's sampler, read at the first call
+        An error while drawing comes through, and the trial waits again.
         """
         import optuna
 
@@ -152,8 +161,13 @@ class TrialStore:
         trial_id = self._claim()
         if trial_id is None:
             return None
-        trial = optuna.trial.Trial(self.study(self._sampler), trial_id)
-        space.draw(functools.partial(_suggest, trial))
+        try:
+            trial = optuna.trial.Trial(self.study(self._sampler), trial_id)
+            space.draw(functools.partial(_suggest, trial))
+        except BaseException as error:  # it would run by name alone for as long as this process lives
+            told = f"its values could not be drawn: {type(error).__name__}: {error}"
+            self.interrupted(self.storage.get_trial_number_from_id(trial_id), told, counts=False)
+            raise
         return trial
 
     def _claim(self) -> int | None:
@@ -325,7 +339,10 @@ class TrialStore:
             study.enqueue_trial(trial.params, user_attrs={"retry_of": number, "retry": count})
 
     def _keep_metrics(self, trial_id: int, returned: Mapping[str, Any]) -> None:
-        """Keep what a task returned beside its objectives, and how far each constraint is overstepped."""
+        """Keep what a task returned beside its objectives, and how far each constraint is overstepped.
+
+        A metric that is absent or no number oversteps its bound without end: the trial is not feasible.
+        """
         import optuna
 
         told = {str(key): float(value) for key, value in returned.items() if isinstance(value, int | float)}
@@ -333,7 +350,8 @@ class TrialStore:
         trial = optuna.trial.Trial(self.study(), trial_id) if self.terms.constraints else None
         for name, bound in self.terms.constraints.items():
             if trial is not None:
-                trial.set_constraint(name, told.get(name, math.inf) - bound)
+                overstepped = told.get(name, math.inf) - bound
+                trial.set_constraint(name, math.inf if math.isnan(overstepped) else overstepped)
 
 
 def _suggest(trial: "Trial", parameter: Parameter) -> Any:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 log = logging.getLogger(__name__)
+AWAY_S = 1.0  # between two attempts to reach a storage
 
 
 @dataclass
@@ -106,8 +107,12 @@ class TrialWork:
                 if isinstance(error, SystemExit):  # it ends the trial, not the sweep
                     raise TrialFailed.of(reason_of(error), trace_of(error)) from error
                 raise
-            self._spent(trial, started)
-            self.store.complete(number, result)
+            try:
+                self._spent(trial, started)
+                self.store.complete(number, result)
+            except (TypeError, ValueError) as error:  # of what was told, not of a storage that is away
+                self.store.failed(number, f"its result cannot be told: {reason_of(error)}", trace_of(error))
+                raise
         leave_out_start_up()
         return returned
 
@@ -212,17 +217,52 @@ class WorkerTask:
         while self.limits.reason(store, self.started) is None:
             store.give_back_stale()
             is_met = self.target is not None and store.counts().under_way >= self.target
-            trial = None if is_met else store.take(self.work.space, seed)
+            try:
+                trial = None if is_met else store.take(self.work.space, seed)
+            except Exception as error:
+                self._let_go(error, fails=False)
+                raise
             if trial is None:
                 break
             try:
-                self.work.work_on(trial.number, self.work.prepare(trial))
+                self._work_on(trial)
             except Exception as error:  # told already; the next trial may be better
                 if self.work.leaving:
                     raise
                 log.info("trial %s: %s", trial.number, error)
             self.done.append(trial.number)
         return self.done
+
+    def _work_on(self, trial: "Trial") -> None:
+        """Run a taken trial; whatever is raised, it is not left running under a process that works on it no more."""
+        is_begun = False
+        try:
+            overrides = self.work.prepare(trial)
+            is_begun = True
+            self.work.work_on(trial.number, overrides)
+        except Exception as error:
+            self._let_go(error, fails=not is_begun)
+            raise
+
+    def _let_go(self, error: Exception, *, fails: bool) -> None:
+        """Let trials that run by this process's name alone wait again, or fail them; waits for a storage that is away.
+
+        Raises the storage's error where that is out of reach for `stale_s`.
+        """
+        store, deadline = self.work.store, time.monotonic() + self.work.store.terms.stale_s
+        while True:
+            try:
+                for number in store.running_here():
+                    if fails:
+                        store.failed(number, reason_of(error), trace_of(error))
+                    else:
+                        store.interrupted(number, f"its end could not be told: {reason_of(error)}")
+                return
+            except Exception as away:
+                if time.monotonic() > deadline:
+                    raise
+                log.warning("the storage is out of reach (%s: %s); trying again", type(away).__name__, away)
+                time.sleep(AWAY_S)
 
 
 def in_order(overrides: Sequence[str], order: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 from optuna.trial import TrialState
@@ -26,12 +27,13 @@ from research.sweeps.owners import Beats, is_alive, this_process
 from research.sweeps.search_space import SearchSpace
 from research.sweeps.space_parser import parse_space
 from research.sweeps.storages import FlockOnFile, StorageSpec, storage_spec
+from research.sweeps.sweep_plan import SweepLimits
 from research.sweeps.sweep_report import trial_row
 from research.sweeps.sweep_study import claim_control, differences, open_study, refuse_foreign_runs
 from research.sweeps.sweep_terms import SweepTerms
 from research.sweeps.trial_runs import RunPlan, TrialRuns, _wait, plain_returned
 from research.sweeps.trial_store import TrialStore
-from research.sweeps.trial_work import TrialWork, portable
+from research.sweeps.trial_work import TrialWork, WorkerTask, portable
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 TPE = {"name": "tpe", "n_startup_trials": 10, "n_ei_candidates": 24, "multivariate": True, "constant_liar": True}
@@ -304,6 +306,79 @@ def test_a_result_that_cannot_be_told_fails_the_trial(store: TrialStore, tmp_pat
         work.work_on(0, [], lambda: OmegaConf.create({"loss": "${nowhere}"}))
     trial = store.trial(0)
     assert trial.state is TrialState.FAIL and "nowhere" in trial.user_attrs["reason"]
+
+
+def test_a_constraint_whose_metric_is_no_number_is_not_met(tmp_path: Path) -> None:
+    terms: dict[str, Any] = {"objectives": ("loss",), "constraints": {"cost": 10.0}}
+    store = store_of(spec_of("journal", tmp_path), **terms)
+    store.add_tickets([None] * 3)
+    for number, cost in enumerate((float("nan"), 3.0, float("inf"))):
+        store.take(space_of(), 0)
+        store.complete(number, {"loss": float(number), "cost": cost})
+    assert [trial.state for trial in store.trials()] == [TrialState.COMPLETE] * 3
+    assert store.trial(0).constraints == {"cost": float("inf")}
+    assert [trial.number for trial in store.best_trials()] == [1]
+
+
+def test_an_error_while_telling_leaves_no_trial_running(
+    store: TrialStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was told is at fault: the trial has failed, and says so."""
+    store.add_tickets([None])
+    assert store.take(space_of(), 0) is not None
+    work = TrialWork(store, space_of(), TrialRuns(cast(Any, None), cast(Any, None), RunPlan()), str(tmp_path))
+
+    def refuse(number: int, returned: Any) -> None:
+        raise ValueError("no such value")
+
+    monkeypatch.setattr(store, "complete", refuse)
+    with pytest.raises(ValueError, match="no such value"):
+        work.work_on(0, [], lambda: 1.0)
+    assert store.trial(0).state is TrialState.FAIL and "no such value" in store.trial(0).user_attrs["reason"]
+
+
+class Away(RuntimeError):
+    """As a database that cannot be reached."""
+
+
+@pytest.mark.parametrize("where", ["telling", "drawing", "preparing"])
+def test_a_worker_whose_storage_is_away_for_a_moment_keeps_no_trial(
+    where: str, store: TrialStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process may live on, as with the basic launcher: the trial would never be seen to be nobody's."""
+    store.add_tickets([None])
+    monkeypatch.setattr("research.sweeps.trial_work.AWAY_S", 0.01)
+    runs = TrialRuns(cast(Any, None), cast(Any, None), RunPlan())
+    monkeypatch.setattr(runs, "run", lambda context, **rest: 1.0)
+    work, left = TrialWork(store, space_of(), runs, str(tmp_path)), [3]
+
+    def away(*given: Any, **named: Any) -> Any:
+        raise Away("connection refused")
+
+    def flaky(*given: Any, **named: Any) -> Any:
+        left[0] -= 1
+        if left[0] > 0:
+            raise Away("connection refused")
+        return interrupted(*given, **named)
+
+    interrupted = store.interrupted
+    monkeypatch.setattr(store, "interrupted", flaky)
+    if where == "telling":
+        monkeypatch.setattr(store, "complete", away)
+    elif where == "drawing":
+        monkeypatch.setattr(SearchSpace, "draw", away)
+    else:
+        monkeypatch.setattr(work, "prepare", away)
+    worker = WorkerTask(work, SweepLimits(), time.time())
+    monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create({"job": {"num": 0}}))
+    if where == "drawing":
+        with pytest.raises(Away):
+            worker(cast(Any, None))
+        assert store.trial(0).state is TrialState.WAITING
+    else:
+        worker(cast(Any, None))
+        assert store.trial(0).state is TrialState.FAIL, "begun max_attempts=2 times, or never"
+    assert not store.running_here()
 
 
 def test_a_trial_is_nine_writes_to_its_storage(tmp_path: Path) -> None:
