@@ -28,12 +28,13 @@ from research.sweeps.sweep_options import (
     sweep_plan_of,
     sweep_terms_of,
 )
-from research.sweeps.sweep_progress import watching_sweep
+from research.sweeps.sweep_progress import told, watching_sweep
 from research.sweeps.sweep_report import Compose, build_sweep_report, save_terms
 from research.sweeps.sweep_terms import SweepTerms
 from research.sweeps.trial_context import application_program
 from research.sweeps.trial_runs import TrialRuns, refuse_in_a_rank
 from research.sweeps.trial_store import TrialStore
+from research.sweeps.trial_values import RETURNED_NONE
 from research.sweeps.trial_work import TrialWork, key_of
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,27 @@ def sweep(
         _report(work.store, sweep_dir, composer(loader, str(config.hydra.job.config_name), own), is_shown)
 
 
+def refuse_fruitless(store: TrialStore) -> None:
+    """Raise ConfigError, with the first failure's reason and folder, where trials ended and none of them completed.
+
+    A grid of an application whose task returns nothing is a plain multirun, and no search that found nothing.
+    """
+    counts = store.counts()
+    if not counts.finished or counts.complete:
+        return
+    ended = [trial for trial in store.trials() if trial.state.is_finished()]
+    failed = [trial for trial in ended if trial.state.name == "FAIL"]
+    returned_none = [trial.user_attrs.get("reason") == RETURNED_NONE for trial in ended]
+    if all(returned_none) and store.terms.sampler["name"] == "grid" and not application_program():
+        return
+    first = (failed or ended)[0]
+    reason = str(first.user_attrs.get("reason") or "no reason").rstrip(".")
+    raise ConfigError(
+        f"no trial of the sweep {store.terms.name!r} was completed ({told(counts)}). Trial {first.number} ended with: "
+        f"{reason}; see {first.user_attrs.get('folder')}"
+    )
+
+
 def composer(loader: Any, config_name: str, own: Sequence[str] = ()) -> Compose:
     """Composes an application's config as a single run would, from a list of overrides; `own` are Hydra's."""
 
@@ -139,9 +161,9 @@ def _check_composes(space: SearchSpace, fixed: Sequence[str], loader: Any, confi
         try:
             loader.load_configuration(config_name=name, overrides=overrides, run_mode=RunMode.RUN)
         except HydraException as error:
-            told = " ".join(f"{error} {error.__cause__ or ''}".split())
+            text = " ".join(f"{error} {error.__cause__ or ''}".split())
             raise ConfigCompositionException(
-                f"a trial does not compose ({', '.join(space.overrides(point))}): {told}{_near(told, config)}"
+                f"a trial does not compose ({', '.join(space.overrides(point))}): {text}{_near(text, config)}"
             ) from None
 
 
@@ -169,9 +191,9 @@ def _shown(parameter: Parameter) -> list[Any]:
     return parameter.values() if parameter.choices else [parameter.low, parameter.high]
 
 
-def _near(told: str, config: DictConfig) -> str:
+def _near(text: str, config: DictConfig) -> str:
     """The nearest key of the config, where Hydra says that it knows none of that name."""
-    named = re.search(r"Could not override '([^']+)'", told)
+    named = re.search(r"Could not override '([^']+)'", text)
     if not named:
         return ""
     return nearest(named[1].lstrip("+"), _keys(OmegaConf.to_container(config, resolve=False)))
@@ -217,8 +239,8 @@ def _make_folder(sweep_dir: Path) -> None:
 def _report(store: TrialStore, sweep_dir: Path, compose: Compose, is_shown: bool) -> None:
     """Write what there is to tell; a sweep whose report fails has still run."""
     try:
-        told = build_sweep_report(store, sweep_dir, compose)
+        lines = build_sweep_report(store, sweep_dir, compose)
         if is_shown:
-            print(told)
+            print(lines)
     except Exception:
         log.exception("the report of %s could not be written; `distill report %s` tries again", sweep_dir, sweep_dir)

@@ -11,6 +11,8 @@ from research.sweeps.sweep_terms import SweepTerms
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+RETURNED_NONE = "the task returned None; expected a number for each objective"
+
 
 def values_of(terms: SweepTerms, returned: Any) -> list[float]:
     """The objectives' values in what a task returned. Raises ConfigError where there are others, or none."""
@@ -23,6 +25,8 @@ def values_of(terms: SweepTerms, returned: Any) -> list[float]:
             known = ", ".join(sorted(str(key) for key in returned)) or "nothing"
             raise ConfigError(f"the task returned no {', '.join(absent)}; it returned {known}")
         returned = [returned[name] for name in names]
+    if returned is None and count == 1:
+        raise ConfigError(RETURNED_NONE)
     values = list(returned) if isinstance(returned, list | tuple) else [returned]
     if len(values) != count:
         raise ConfigError(f"the task returned {len(values)} values; the study has {count} objectives")

@@ -201,6 +201,17 @@ def test_every_end_of_a_trial_is_told_with_its_reason(sweep: Callable[..., Sweep
     assert rows["raise"]["folder"] == str(search.folder / rows["raise"]["number"])
 
 
+def test_a_sweep_that_completed_nothing_has_failed(sweep: Callable[..., Sweep]) -> None:
+    """With its report, and with the reason of the first failure; one value is enough for success."""
+    search = sweep("x=interval(0,1)", "hydra.sweeper.n_trials=2")
+    out = " ".join(search.run("fail=raise").split())
+    assert search.code == 1 and "no trial of the sweep 'sweep' was completed (2 failed)" in out, out
+    assert f"Trial 0 ended with: RuntimeError: boom; see {search.folder}/0" in out
+    assert [row["state"] for row in search.rows()] == ["failed"] * 2
+    search.run("hydra.sweeper.n_trials=3", "hydra.sweeper.on_change=allow")
+    assert search.code == 0 and [row["state"] for row in search.rows()] == ["failed", "failed", "complete"]
+
+
 def test_too_many_failures_end_the_sweep(sweep: Callable[..., Sweep]) -> None:
     search = sweep("x=interval(0,1)", "fail=raise", "hydra.sweeper.n_trials=9", "hydra.sweeper.max_failures=2")
     out = search.run()

@@ -444,16 +444,24 @@ def test_another_direction_or_a_foreign_study_is_refused(tmp_path: Path) -> None
     turned = TrialStore(SweepTerms(storage=spec, name="sweep", directions=("maximize",)))
     with pytest.raises(ConfigError, match="minimize"):
         open_study(turned, {"space": {}}, resume="auto", on_change="refuse")
-    optuna.create_study(storage=spec.open(), study_name="foreign")
+    optuna.create_study(storage=spec.open(), study_name="foreign").add_trial(optuna.trial.create_trial(value=1.0))
     foreign = TrialStore(SweepTerms(storage=spec, name="foreign"))
-    from research.sweeps import sweep_study
+    with pytest.raises(ConfigError, match="not made by this sweeper"):
+        open_study(foreign, {"space": {}}, resume="auto", on_change="refuse")
 
-    sweep_study.READY_S, before = 0.0, sweep_study.READY_S
-    try:
-        with pytest.raises(ConfigError, match="not made by this sweeper"):
-            open_study(foreign, {"space": {}}, resume="auto", on_change="refuse")
-    finally:
-        sweep_study.READY_S = before
+
+def test_a_study_whose_maker_died_before_its_terms_is_adopted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("research.sweeps.sweep_study.READY_S", 0.3)
+    spec, terms = spec_of("journal", tmp_path), {"space": {"x": 1}}
+    optuna.create_study(storage=spec.open(), study_name="sweep").set_metric_names(["loss"])  # and dies here
+    turned = TrialStore(SweepTerms(storage=spec, name="sweep", directions=("maximize",)))
+    with pytest.raises(ConfigError, match=r"goes \['minimize'\]"):
+        open_study(turned, terms, resume="auto", on_change="refuse")
+    store = TrialStore(SweepTerms(storage=spec, name="sweep", objectives=("loss",)))
+    assert open_study(store, terms, resume="auto", on_change="refuse") is False, "as if it had been made now"
+    assert open_study(store, terms, resume="auto", on_change="refuse") is True
+    with pytest.raises(ConfigError, match="another search"):
+        open_study(store, {"space": {"x": 2}}, resume="auto", on_change="refuse")
 
 
 def test_differences_name_what_is_gone_new_and_changed() -> None:
