@@ -31,7 +31,7 @@ from research.sweeps.sweep_options import (
 from research.sweeps.sweep_progress import told, watching_sweep
 from research.sweeps.sweep_report import Compose, build_sweep_report, save_terms
 from research.sweeps.sweep_terms import SweepTerms
-from research.sweeps.trial_context import application_program
+from research.sweeps.trial_context import Check, application_check, application_program
 from research.sweeps.trial_runs import TrialRuns, refuse_in_a_rank
 from research.sweeps.trial_store import TrialStore
 from research.sweeps.trial_values import RETURNED_NONE
@@ -48,11 +48,13 @@ def sweep(
     config: DictConfig,
     launcher_for: Callable[[TaskFunction, DictConfig], Any],
     *,
+    check: Check | None = None,
     is_shown: bool = True,
 ) -> tuple[list[Any], TrialStore]:
     """Run a sweep, or go on with it, and write its report.
 
     options   keywords of the sweeper, as :func:`normalised` gives them
+    check     what the application refuses of a trial; None: what it told with its program, if anything
     is_shown  whether a display says how far it is, and its end what it left
     Returns the launcher's returns, launch by launch, and the trials.
     """
@@ -71,7 +73,8 @@ def sweep(
     terms = sweep_terms_of(options, space, sweep_dir, config)
     check_seeds(options, space)
     own = run_overrides(config)
-    _check_composes(space, [*fixed, *own, *first_seed(options)], loader, config)
+    check, always = check or application_check(), [*fixed, *own, *first_seed(options)]
+    _check_composes(space, always, loader, config, lambda trial: check(trial, terms.objectives) if check else None)
     plan = sweep_plan_of(options, config, terms)
     work = TrialWork(
         store=TrialStore(terms),
@@ -153,18 +156,28 @@ def _application(config: DictConfig) -> str:
     return f"distill {config.hydra.job.config_name}" if application_program() else str(config.hydra.job.name)
 
 
-def _check_composes(space: SearchSpace, fixed: Sequence[str], loader: Any, config: DictConfig) -> None:
-    """Compose one trial for every value of every group and block: a typing error costs no trial."""
+def _check_composes(
+    space: SearchSpace,
+    fixed: Sequence[str],
+    loader: Any,
+    config: DictConfig,
+    check: Callable[[DictConfig], None] = lambda trial: None,
+) -> None:
+    """Compose one trial for every value of every group and block: a typing error costs no trial.
+
+    check   told each composed trial; it raises ConfigError for what the application refuses
+    """
     name = config.hydra.job.config_name
     for point in _samples(space):
         overrides = [*fixed, *space.overrides(point)]
         try:
-            loader.load_configuration(config_name=name, overrides=overrides, run_mode=RunMode.RUN)
+            trial = loader.load_configuration(config_name=name, overrides=overrides, run_mode=RunMode.RUN)
         except HydraException as error:
             text = " ".join(f"{error} {error.__cause__ or ''}".split())
             raise ConfigCompositionException(
                 f"a trial does not compose ({', '.join(space.overrides(point))}): {text}{_near(text, config)}"
             ) from None
+        check(trial)
 
 
 def _samples(space: SearchSpace) -> list[dict[str, Any]]:

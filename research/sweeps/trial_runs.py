@@ -177,11 +177,20 @@ class WriteResult(Callback):
         partial.replace(path)
 
 
-def refuse_in_a_rank() -> None:
-    """Raise ConfigError where this process is a further rank of a distributed run: it must not start a sweep."""
+def refuse_in_a_rank(*, is_job: bool = False) -> None:
+    """Raise ConfigError where this process is a further rank of a distributed run: it must not start a sweep.
+
+    is_job  asked in a launched job: a further task of it must not work beside the first one
+    """
     for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"):
         value = os.environ.get(name, "0")
         if value.isdigit() and int(value) > 0:
+            if is_job:
+                raise ConfigError(
+                    f"{name} is {value}: this is a further task of a launched job, and each of them would run trials. "
+                    "Give a job one task (hydra.launcher.tasks_per_node=1), and a trial its ranks with "
+                    "trainer.devices and hydra.sweeper.subprocess=true"
+                )
             raise ConfigError(
                 f"{name} is {value}: this is a further rank of a distributed run, which must not sweep. Start "
                 "the sweep outside, or give a trial its ranks with trainer.devices and hydra.sweeper.subprocess=true"

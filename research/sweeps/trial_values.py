@@ -39,6 +39,15 @@ def values_of(terms: SweepTerms, returned: Any) -> list[float]:
     return numbers
 
 
+def refuse_test_monitor(cfg: Any, objectives: Sequence[str]) -> None:
+    """Raise ConfigError where `monitor`, by which a sweep without named objectives selects, is a metric of test."""
+    if not objectives and str(cfg.monitor).startswith("test"):
+        raise ConfigError(
+            f"monitor is {cfg.monitor}, by which the sweep would select, and the test split is reported once; give a "
+            "metric of validation, such as monitor=val/errors"
+        )
+
+
 def dominated_share(terms: SweepTerms, best: "Sequence[FrozenTrial]") -> float | None:
     """The share of the box from worst to best of two objectives that the trials dominate; None without a box."""
     names = terms.objectives

@@ -24,7 +24,7 @@ from research.sweeps.owners import this_process
 from research.sweeps.search_space import SearchSpace
 from research.sweeps.sweep_plan import SweepLimits
 from research.sweeps.trial_context import TrialContext
-from research.sweeps.trial_runs import TrialFailed, TrialRuns, plain_returned
+from research.sweeps.trial_runs import TrialFailed, TrialRuns, plain_returned, refuse_in_a_rank
 from research.sweeps.trial_store import TrialStore
 from research.sweeps.trial_values import trace_of, values_of
 
@@ -183,6 +183,7 @@ class BatchTask:
     controller: dict[str, Any] = field(default_factory=this_process)
 
     def __call__(self, cfg: DictConfig) -> Any:
+        refuse_in_a_rank(is_job=True)
         hydra = HydraConfig.get()
         number = int(hydra.job.num)
         pin_gpu(self.work.gpus, number)
@@ -211,6 +212,7 @@ class WorkerTask:
     done: list[int] = field(default_factory=list)
 
     def __call__(self, cfg: DictConfig) -> list[int]:
+        refuse_in_a_rank(is_job=True)
         index = int(HydraConfig.get().job.num)
         pin_gpu(self.work.gpus, index)
         store, seed = self.work.store, worker_seed(self.seed, index, os.getpid())

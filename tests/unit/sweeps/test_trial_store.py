@@ -33,7 +33,7 @@ from research.sweeps.sweep_study import claim_control, differences, open_study, 
 from research.sweeps.sweep_terms import SweepTerms
 from research.sweeps.trial_runs import RunPlan, TrialRuns, _wait, plain_returned
 from research.sweeps.trial_store import TrialStore
-from research.sweeps.trial_work import TrialWork, WorkerTask, portable
+from research.sweeps.trial_work import BatchTask, TrialWork, WorkerTask, portable
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 TPE = {"name": "tpe", "n_startup_trials": 10, "n_ei_candidates": 24, "multivariate": True, "constant_liar": True}
@@ -379,6 +379,21 @@ def test_a_worker_whose_storage_is_away_for_a_moment_keeps_no_trial(
         worker(cast(Any, None))
         assert store.trial(0).state is TrialState.FAIL, "begun max_attempts=2 times, or never"
     assert not store.running_here()
+
+
+@pytest.mark.parametrize("variable", ["SLURM_PROCID", "LOCAL_RANK"])
+def test_a_further_task_of_a_job_runs_no_trial(
+    variable: str, store: TrialStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a launcher with tasks_per_node=2 starts it: each task would be a worker."""
+    store.add_tickets([None])
+    work = TrialWork(store, space_of(), TrialRuns(cast(Any, None), cast(Any, None), RunPlan()), str(tmp_path))
+    monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create({"job": {"num": 0}}))
+    monkeypatch.setenv(variable, "1")
+    for task in (WorkerTask(work, SweepLimits(), time.time()), BatchTask(work, cast(Any, None))):
+        with pytest.raises(ConfigError, match=r"tasks_per_node=1.*subprocess=true"):
+            task(cast(Any, None))
+    assert store.counts().waiting == 1
 
 
 def test_a_trial_is_nine_writes_to_its_storage(tmp_path: Path) -> None:
