@@ -36,7 +36,7 @@ from research.sweeps.trial_work import (
 )
 
 log = logging.getLogger(__name__)
-KEEPS_ITS_SEED = ("qmc", "grid", "brute_force")  # their points follow from the seed and from the trials there are
+KEEPS_ITS_SEED = ("grid", "brute_force")  # they give no point again, whatever the seed
 DYING_S = 10.0
 FRUITLESS = 3
 
@@ -102,7 +102,8 @@ class SweepController:
         while self._goes_on():
             batch: list[tuple[int, list[str]]] = []
             room = min(self.plan.n_jobs, target - self.store.counts().under_way)
-            while len(batch) < room and (trial := self.store.take(self.space, self._sampler_seed())):
+            sequence = self.plan.sampler_seed
+            while len(batch) < room and (trial := self.store.take(self.space, self._sampler_seed(), sequence)):
                 batch.append((trial.number, self.work.prepare(trial)))
             if not batch:
                 if not self.store.counts().running:
@@ -238,8 +239,11 @@ class SweepController:
             time.sleep(0.2)
 
     def _sampler_seed(self) -> int | None:
-        """The configured seed at a sweep's beginning; on a resume another one, or the first points would come again."""
-        seed, known = self.plan.sampler_seed, self.store.counts().finished
+        """The configured seed at a sweep's beginning; on a resume another one, or the first points would come again.
+
+        A trial that was interrupted has been drawn too, and keeps its values.
+        """
+        seed, known = self.plan.sampler_seed, sum(1 for trial in self.store.trials() if trial.params)
         if seed is None or not known or self.store.terms.sampler["name"] in KEEPS_ITS_SEED:
             return seed
         return worker_seed(seed, known)

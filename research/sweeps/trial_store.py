@@ -10,7 +10,7 @@ import logging
 import math
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from research.errors import ConfigError
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 TRACEBACK_LINES = 30
+DRAWN_ALONE = ("qmc", "brute_force")  # two processes that draw at once would draw the same point
 LONGEST_LINE, LONGEST_REASON = 400, 2000
 
 
@@ -148,22 +149,25 @@ class TrialStore:
                     self.storage.set_trial_user_attr(trial._trial_id, "surplus", True)
                     self.study().tell(trial.number, state=TrialState.FAIL)
 
-    def take(self, space: SearchSpace, seed: int | None) -> "Trial | None":
+    def take(self, space: SearchSpace, seed: int | None, sequence: int | None = None) -> "Trial | None":
         """The next waiting trial, now running and leased to this process, its values drawn; None where none waits.
 
-        seed   of this process's sampler, read at the first call
+        seed      of this process's sampler, read at the first call
+        sequence  seed that all processes share, of a sampler that goes along one sequence; None: as `seed`
         An error while drawing comes through, and the trial waits again.
         """
         import optuna
 
         if self._sampler is None:
-            self._sampler = self._partly_fixed(build_sampler(self.terms.sampler, seed))
+            self._sampler = self._partly_fixed(build_sampler(self.terms.sampler, seed, sequence))
         trial_id = self._claim()
         if trial_id is None:
             return None
+        hangs_on_others = self.terms.sampler["name"] in DRAWN_ALONE
         try:
-            trial = optuna.trial.Trial(self.study(self._sampler), trial_id)
-            space.draw(functools.partial(_suggest, trial))
+            with self.terms.storage.exclusively() if hangs_on_others else nullcontext():
+                trial = optuna.trial.Trial(self.study(self._sampler), trial_id)
+                space.draw(functools.partial(_suggest, trial))
         except BaseException as error:  # it would run by name alone for as long as this process lives
             told = f"its values could not be drawn: {type(error).__name__}: {error}"
             self.interrupted(self.storage.get_trial_number_from_id(trial_id), told, counts=False)

@@ -202,7 +202,10 @@ class BatchTask:
 
 @dataclass
 class WorkerTask:
-    """The task of a launcher in worker mode: take, run, tell, until no trial waits or a limit is reached."""
+    """The task of a launcher in worker mode: take, run, tell, until no trial waits or a limit is reached.
+
+    seed   of the sweep: every worker draws with one of its own, but for a sequence that all go along
+    """
 
     work: TrialWork
     limits: SweepLimits
@@ -220,7 +223,7 @@ class WorkerTask:
             store.give_back_stale()
             is_met = self.target is not None and store.counts().under_way >= self.target
             try:
-                trial = None if is_met else store.take(self.work.space, seed)
+                trial = None if is_met else store.take(self.work.space, seed, self.seed)
             except Exception as error:
                 self._let_go(error, fails=False)
                 raise

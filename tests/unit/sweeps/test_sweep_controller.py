@@ -51,6 +51,38 @@ def test_a_stop_between_taking_and_launching_lets_both_trials_wait_again(tmp_pat
     assert [trial.number for trial in taken if trial] == [0, 1] and [t.params for t in taken if t] == drawn[:2]
 
 
+@pytest.mark.parametrize("sampler", ["random", "qmc", "tpe"])
+def test_a_resumed_sweep_draws_no_point_again(sampler: str, tmp_path: Path) -> None:
+    """Ctrl-C in trial 0: it keeps its values, and trial 1 does not get them too."""
+    space, _ = parse_space({"x": "interval(0,1)"}, [])
+    runs = TrialRuns(lambda cfg: 0.0, None, RunPlan())  # type: ignore[arg-type]
+    terms = SweepTerms(StorageSpec("journal", path=str(tmp_path / "study.journal")), "sweep", sampler={"name": sampler})
+
+    class OneAtATime:
+        def __init__(self, store: TrialStore) -> None:
+            self.store = store
+
+        def launch(self, overrides: Any, initial_job_idx: int) -> list[Any]:
+            self.store.complete(initial_job_idx, float(initial_job_idx))
+            return []
+
+    for kind in (StoppedWork, TrialWork):
+        store = TrialStore(terms)
+        work = kind(store, space, runs, str(tmp_path))
+        if isinstance(work, StoppedWork):
+            work.prepared = 1  # the first trial is taken, and stopped before it ends
+        plan = SweepPlan(n_trials=4, sampler_seed=0)
+        launcher = OneAtATime(store)
+        controller = SweepController(
+            plan, work, lambda cfg: 0.0, lambda task, used=launcher: used, {"space": space.described()}
+        )
+        controller.open()
+        with pytest.raises(KeyboardInterrupt) if kind is StoppedWork else nullcontext():
+            controller.run(lambda shown, target: nullcontext())
+    drawn = [trial.params["x"] for trial in store.trials()]
+    assert len(drawn) == 4 and len(set(drawn)) == 4, drawn
+
+
 def test_a_study_whose_maker_died_before_its_trials_gets_them_and_the_copied_ones_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -230,6 +230,53 @@ def test_a_sweep_draws_what_optuna_draws(sampler: dict[str, Any], tmp_path: Path
     assert store.best_trials()[0].number == direct.best_trial.number
 
 
+def test_workers_go_along_one_sequence_of_quasi_random_points(tmp_path: Path) -> None:
+    """Two processes with seeds of their own, which begin apart, draw together what one would have drawn."""
+    sampler = {"name": "qmc", "scramble": True, "warn_asynchronous_seeding": False}
+    direct = optuna.create_study(sampler=build_sampler(sampler, 7))
+    direct.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=9)
+    first = store_of(spec_of("journal", tmp_path), sampler=sampler)
+    first.add_tickets([None] * 9)
+    second, space = TrialStore(first.terms), space_of(x="interval(0.0,1.0)")
+    begun = [first.take(space, 11, 7), second.take(space, 12, 7)]
+    assert begun[0] is not None and begun[1] is not None and begun[0].params != begun[1].params
+    first.complete(0, 1.0)
+    for number in range(7):
+        assert (first, second)[number % 2].take(space, 0, 7) is not None
+    assert [t.params for t in first.trials()[1:]] == [t.params for t in direct.trials[1:]]
+
+
+def _draw_beside_others(spec: StorageSpec, sampler: dict[str, Any], searched: str, begin: Any) -> None:
+    store = TrialStore(SweepTerms(storage=spec, name="sweep", sampler=sampler))
+    begin.wait(60)
+    while store.take(space_of(x=searched), 1, 1) is not None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "searched", "first"), [("brute_force", "range(0,17)", 0), ("qmc", "interval(0.0,1.0)", 0.3)]
+)
+def test_processes_that_draw_at_once_draw_no_point_twice(
+    name: str, searched: str, first: float, tmp_path: Path
+) -> None:
+    """With the same seed even: each draws knowing what the others have drawn."""
+    sampler = {"name": name, **({"warn_asynchronous_seeding": False} if name == "qmc" else {})}
+    store = store_of(spec_of("journal", tmp_path), sampler={"name": "random"})
+    store.add_tickets([{"x": first}, *[None] * 16])
+    assert store.take(space_of(x=searched), 0) is not None
+    store.complete(0, 1.0)
+    context = multiprocessing.get_context("fork")
+    begin = context.Barrier(3)
+    given = (store.terms.storage, sampler, searched, begin)
+    workers = [context.Process(target=_draw_beside_others, args=given) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    drawn = [trial.params["x"] for trial in store.trials()]
+    assert len(drawn) == 17 and len(set(drawn)) == 17, drawn
+
+
 def test_a_lease_whose_process_was_killed_is_stale_at_once(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     owner = {**this_process(), "pid": child.pid}
