@@ -98,11 +98,17 @@ def sweep(
         plan, work, task, lambda wrapped: launcher_for(wrapped, quiet), remembered, folders_of(loader, config)
     )
     controller.open()
-    _keep_config(config, terms, sweep_dir)
+    begun = []
+
+    def begin() -> None:
+        _keep_config(config, terms, sweep_dir)
+        begun.append(True)
+
     try:
-        return controller.run(watching_sweep if is_shown else lambda store, target: nullcontext()), work.store
+        return controller.run(watching_sweep if is_shown else lambda store, target: nullcontext(), begin), work.store
     finally:
-        _report(work.store, sweep_dir, composer(loader, str(config.hydra.job.config_name), own), is_shown)
+        if begun:  # the report of a sweep that another command controls is that command's
+            _report(work.store, sweep_dir, composer(loader, str(config.hydra.job.config_name), own), is_shown)
 
 
 def refuse_fruitless(store: TrialStore) -> None:

@@ -73,14 +73,16 @@ class SweepController:
         refuse_foreign_runs(self.store, Path(self.work.sweep_dir))
         self._goes_on_with = open_study(self.store, self._terms, resume=self.plan.resume, on_change=self.plan.on_change)
 
-    def run(self, watch: Callable[[TrialStore, int], Any]) -> list[Any]:
+    def run(self, watch: Callable[[TrialStore, int], Any], begin: Callable[[], None] = lambda: None) -> list[Any]:
         """Sweep until the target is met or a limit ends it; returns what the launcher returned, launch by launch.
 
-        The study is open by now.
+        The study is open by now. Raises ConfigError where another command controls it.
 
         watch  (store, target) -> a context manager that shows how far the sweep is
+        begin  called once nothing can refuse this command any more
         """
         with self._control():
+            begin()
             target = self._trials
             is_made = self._goes_on_with and await_tickets(self.store)
             if self._to_copy is not None and not is_made:
@@ -257,16 +259,22 @@ class SweepController:
         claim_control(self.store, self.store.terms.stale_s)
         count = 0
 
-        def beat() -> None:
+        def beat(number: int | None) -> None:
+            try:
+                beat_control(self.store, number)
+            except Exception:
+                log.debug("the storage is out of reach for now", exc_info=True)
+
+        def beat_on() -> None:
             nonlocal count
             count += 1
-            beat_control(self.store, count)
+            beat(count)
 
         try:
-            with repeating(beat, self.store.terms.lease_s, "controller's lease"):
+            with repeating(beat_on, self.store.terms.lease_s, "controller's lease"):
                 yield
         finally:
-            beat_control(self.store, None)
+            beat(None)  # the next command sees anyway that this process is gone
 
 
 def _consecutive(batch: Sequence[tuple[int, list[str]]]) -> Iterator[list[tuple[int, list[str]]]]:

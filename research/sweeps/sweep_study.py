@@ -113,16 +113,18 @@ def claim_control(store: TrialStore, stale_s: float) -> None:
     One on another machine is waited for, until it gives a sign of life or has been silent for `stale_s`.
     """
     beats, first = Beats(stale_s), store.study().user_attrs.get(CONTROLLER) or {}
-    held = first
-    while held and not is_this_process(held) and not beats.is_stale(0, held):
-        if is_same_machine(held) or held["beat"] != first["beat"]:  # alive here, or a sign of life from elsewhere
+    while True:
+        with store.terms.storage.exclusively():  # two that look at the same moment must not both find nobody
+            held = store.study().user_attrs.get(CONTROLLER) or {}
+            if not held or is_this_process(held) or beats.is_stale(0, held):
+                beat_control(store, 0)
+                return
+        if is_same_machine(held) or held["beat"] != first.get("beat"):  # alive here, or a sign of life from elsewhere
             raise ConfigError(
                 f"another command (process {held['pid']} on {str(held['host']).split()[0]}) controls the study "
                 f"{store.terms.name!r}; wait for it, or join it with hydra.sweeper.mode=workers in both commands"
             )
         time.sleep(1.0)
-        held = store.study().user_attrs.get(CONTROLLER) or {}
-    beat_control(store, 0)
 
 
 def beat_control(store: TrialStore, beat: int | None) -> None:

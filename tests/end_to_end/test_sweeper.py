@@ -1,6 +1,7 @@
 """The sweeper through its own command, in processes of their own: kills, states, workers, seeds, ranks, refusals."""
 
 import csv
+import importlib.metadata
 import os
 import random
 import signal
@@ -173,6 +174,8 @@ def test_the_same_command_goes_on_to_more_trials(sweep: Callable[..., Sweep]) ->
     search = sweep("x=interval(-5,5)", "kind=a,b")
     search.run("hydra.sweeper.n_trials=3")
     before = search.rows()
+    told = yaml.safe_load((search.folder / "sweep.yaml").read_text())
+    assert told["versions"]["optuna"] == importlib.metadata.version("optuna")
     stamps = {path: path.stat().st_mtime_ns for path in search.folder.glob("[0-9]*/ran.txt")}
     search.run("hydra.sweeper.n_trials=3")
     assert search.rows() == before, "nothing was left to do"

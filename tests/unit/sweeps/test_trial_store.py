@@ -551,6 +551,32 @@ def test_one_controller_at_a_time(tmp_path: Path) -> None:
     claim_control(store, 0.01)
 
 
+def _claim_beside_others(spec: StorageSpec, begin: Any, told: Any) -> None:
+    store = TrialStore(SweepTerms(storage=spec, name="sweep"))
+    store.study()
+    begin.wait(60)
+    try:
+        claim_control(store, 60.0)
+        told.put("controls")
+    except ConfigError:
+        told.put("refused")
+    begin.wait(60)  # who controls lives until all have looked
+
+
+@pytest.mark.parametrize("kind", ["journal", "rdb"])
+def test_of_commands_that_begin_at_once_one_controls(kind: str, tmp_path: Path) -> None:
+    store = store_of(spec_of(kind, tmp_path))
+    context = multiprocessing.get_context("fork")
+    begin, told = context.Barrier(4), context.Queue()
+    commands = [context.Process(target=_claim_beside_others, args=(store.terms.storage, begin, told)) for _ in range(4)]
+    for command in commands:
+        command.start()
+    found = sorted(told.get(timeout=60) for _ in commands)
+    for command in commands:
+        command.join(60)
+    assert found == ["controls", "refused", "refused", "refused"]
+
+
 def test_a_journal_torn_by_a_loss_of_power_is_mended(tmp_path: Path) -> None:
     store = store_of(spec_of("journal", tmp_path))
     store.add_tickets([None, None])
