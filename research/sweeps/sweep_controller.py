@@ -220,7 +220,7 @@ class SweepController:
             for number in running:
                 lease = self.store.trial(number).user_attrs.get("lease")
                 if not lease or is_this_process(lease) or not _lives(lease):
-                    self.store.interrupted(number, reason, counts=counts)
+                    self.store.interrupted(number, reason, counts=counts, lease=lease)
             running = [n for n in running if self.store.trial(n).state is TrialState.RUNNING]
             if running:
                 time.sleep(0.2)
@@ -235,9 +235,9 @@ class SweepController:
         deadline = time.monotonic() + DYING_S
         while time.monotonic() < deadline and self.store.counts().running:
             for number in [trial.number for trial in self.store.trials() if trial.state.name == "RUNNING"]:
-                lease = self.store.trial(number).user_attrs.get("lease") or {}
+                lease = self.store.trial(number).user_attrs.get("lease")
                 if lease and (is_this_process(lease) or not _lives(lease)):
-                    self.store.interrupted(number, "its worker died", counts=counts)
+                    self.store.interrupted(number, "its worker died", counts=counts, lease=lease)
             time.sleep(0.2)
 
     def _sampler_seed(self) -> int | None:

@@ -219,6 +219,7 @@ def test_too_many_failures_end_the_sweep(sweep: Callable[..., Sweep]) -> None:
     search = sweep("x=interval(0,1)", "fail=raise", "hydra.sweeper.n_trials=9", "hydra.sweeper.max_failures=2")
     out = search.run()
     assert search.code != 0 and "3 of 3 trials failed (max_failures=2)" in out and "boom" in out
+    assert "a greater hydra.sweeper.max_failures" in " ".join(out.split()), "those that failed still count"
     assert [row["state"] for row in search.rows()] == ["failed"] * 3 + ["waiting"] * 6
 
 

@@ -313,6 +313,56 @@ def test_a_job_that_is_started_again_runs_its_trial_if_nobody_else_does(store: T
     assert not store.holds(0, this_process())
 
 
+def test_of_two_that_see_a_dead_process_one_gives_its_trial_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the other's looking and its writing the trial was given back, and taken, and runs."""
+    first = store_of(spec_of("journal", tmp_path))
+    second = TrialStore(first.terms)
+    first.add_tickets([None])
+    first.take(space_of(), 0)
+    dead = {**this_process(), "start": "another", "beat": 0}
+    first.storage.set_trial_user_attr(first.trial(0)._trial_id, "lease", dead)
+
+    def slow(number: int, lease: Any) -> bool:
+        assert first.give_back_stale() == [0] and first.take(space_of(), 0) is not None
+        return True
+
+    monkeypatch.setattr(second._beats, "is_stale", slow)
+    assert second.give_back_stale() == []
+    assert first.trial(0).state is TrialState.RUNNING and first.running_here() == [0]
+
+
+def _holds(spec: StorageSpec, controller: dict[str, Any], told: Any) -> None:
+    told.put(TrialStore(SweepTerms(storage=spec, name="sweep")).holds(0, controller))
+
+
+def test_of_two_jobs_for_one_trial_one_holds_it(tmp_path: Path) -> None:
+    """A job that was started again beside one that was thought to be lost."""
+    store = store_of(spec_of("journal", tmp_path))
+    store.add_tickets([None])
+    store.take(space_of(), 0)
+    controller = {"host": "elsewhere", "pid": 1, "start": "1"}
+    store.storage.set_trial_user_attr(store.trial(0)._trial_id, "lease", {**controller, "beat": 0})
+    assert store.holds(0, controller) and store.running_here() == [0]
+    context = multiprocessing.get_context("fork")
+    told: Any = context.Queue()
+    job = context.Process(target=_holds, args=(store.terms.storage, controller, told))
+    job.start()
+    assert told.get(timeout=60) is False
+    job.join(60)
+
+
+def test_a_kill_while_a_trial_is_taken_back_leaves_none_running(store: TrialStore) -> None:
+    store.add_tickets([None] * 2)
+    trial_id = store.trial(1)._trial_id
+    store.storage.set_trial_state_values(trial_id, state=TrialState.RUNNING)
+    store.storage.set_trial_user_attr(trial_id, "surplus", True)  # and dies here
+    assert store.give_back_stale() == []
+    assert [trial.state for trial in store.study().get_trials()] == [TrialState.WAITING, TrialState.FAIL]
+    assert store.counts().total == 1
+
+
 @pytest.mark.parametrize(
     ("answer", "attempts"), [(SystemExit(144), 0), (RuntimeError("timed-out too many times"), 1)], ids=["again", "over"]
 )
