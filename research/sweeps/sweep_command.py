@@ -16,13 +16,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from research.errors import ConfigError
 from research.schemas import nearest
+from research.sweeps.gpus import gpus_of
 from research.sweeps.search_space import Parameter, SearchSpace
 from research.sweeps.space_parser import parse_space
 from research.sweeps.sweep_controller import SweepController
 from research.sweeps.sweep_options import (
     check_seeds,
     first_seed,
-    gpus_of,
     run_overrides,
     run_plan_of,
     sweep_plan_of,

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from research.loops.signals import handled
 from research.results.record import git_revision
+from research.sweeps.gpus import GpuShare
 from research.sweeps.owners import this_process
 from research.sweeps.search_space import SearchSpace
 from research.sweeps.sweep_plan import SweepLimits
@@ -41,7 +42,7 @@ class TrialWork:
 
     fixed   overrides that every trial has
     order   keys of the command line's overrides: a trial's own stand in the same order
-    gpus    one of these for every worker: the values of CUDA_VISIBLE_DEVICES; empty: as it is
+    gpus    dealt out to the workers
     """
 
     store: TrialStore
@@ -50,7 +51,7 @@ class TrialWork:
     sweep_dir: str
     fixed: tuple[str, ...] = ()
     order: tuple[str, ...] = ()
-    gpus: tuple[str, ...] = ()
+    gpus: GpuShare = field(default_factory=GpuShare)
     leaving: bool = False  # this process's job has been preempted: it takes no further trial
 
     def prepare(self, trial: "Trial") -> list[str]:
@@ -186,7 +187,7 @@ class BatchTask:
         refuse_in_a_rank(is_job=True)
         hydra = HydraConfig.get()
         number = int(hydra.job.num)
-        pin_gpu(self.work.gpus, number)
+        self.work.gpus.pin(number)
         if not self.work.store.holds(number, self.controller):
             raise TakenElsewhere(f"trial {number} has ended or is another process's: this job has nothing to do")
         folder = str(hydra.runtime.output_dir)
@@ -217,7 +218,7 @@ class WorkerTask:
     def __call__(self, cfg: DictConfig) -> list[int]:
         refuse_in_a_rank(is_job=True)
         index = int(HydraConfig.get().job.num)
-        pin_gpu(self.work.gpus, index)
+        self.work.gpus.pin(index)
         store, seed = self.work.store, worker_seed(self.seed, index, os.getpid())
         while self.limits.reason(store, self.started) is None:
             store.give_back_stale()
@@ -297,12 +298,6 @@ def leave_out_start_up() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-def pin_gpu(gpus: tuple[str, ...], index: int) -> None:
-    """Let this process, and what it starts, see one GPU: the one for the worker with this index."""
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
 
 
 def worker_seed(seed: int | None, *parts: int) -> int | None:
