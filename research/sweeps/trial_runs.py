@@ -144,8 +144,9 @@ class TrialRuns:
         ]  # fmt: skip
         with (folder / STDERR_FILE).open("a") as errors:
             child = subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=_dies_with_parent(), env=environment()
-            )
+                command, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=_dies_with_parent(), env=environment(),
+                cwd=_where_it_began(),
+            )  # fmt: skip
             code = _wait(child)
         if not result.exists():
             lines = (folder / STDERR_FILE).read_text(errors="replace").strip().splitlines()[-20:]
@@ -237,6 +238,15 @@ def environment() -> dict[str, str]:
     Lightning takes the task that a cluster's launcher gave this worker for its own, and refuses a second rank.
     """
     return {name: value for name, value in os.environ.items() if not name.startswith(TASK_OF_SRUN)}
+
+
+def _where_it_began() -> str | None:
+    """The folder in which the command was given: from there `python -m` finds its module, and paths mean the same.
+
+    A job may be in a folder of its own (hydra.job.chdir). None, for this one, where the folder is not on this machine.
+    """
+    cwd = str(HydraConfig.get().runtime.cwd)
+    return cwd if Path(cwd).is_dir() else None
 
 
 def _dies_with_parent() -> Callable[[], None] | None:

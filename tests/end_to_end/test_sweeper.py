@@ -470,6 +470,35 @@ def test_any_application_with_any_ends(more: tuple[str, ...], tmp_path: Path) ->
     assert (search.folder / "2" / "seed_1" / "here.txt").read_text() == "x", "where the run's own folder is"
 
 
+MODULE_APP = """
+import hydra, os
+from hydra.core.hydra_config import HydraConfig
+@hydra.main(version_base="1.3", config_path=".", config_name="plain")
+def main(cfg):
+    open("here.txt", "w").write(HydraConfig.get().runtime.cwd)
+    return cfg.x
+main()
+"""
+
+
+@pytest.mark.parametrize("mode", ["batch", pytest.param("workers", marks=SLOW)])
+def test_a_module_runs_in_processes_of_its_own_from_its_jobs_folders(mode: str, tmp_path: Path) -> None:
+    """`python -m` looks in the folder where the command was given, and not in that of the job."""
+    package = tmp_path / "applied"
+    package.mkdir()
+    (package / "search.py").write_text(MODULE_APP)
+    (package / "plain.yaml").write_text("x: 1.0\n")
+    command = [
+        sys.executable, "-m", "applied.search", "-m", "hydra/sweeper=optuna_study", "hydra.sweep.dir=sweep", "x=1,2",
+        "hydra/sweeper/study_sampler=grid", "hydra.job.chdir=true", "hydra.sweeper.subprocess=true",
+        f"hydra.sweeper.mode={mode}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert [row["state"] for row in Sweep(tmp_path).rows()] == ["complete"] * 2, done.stderr
+    assert (tmp_path / "sweep" / "1" / "here.txt").read_text() == str(tmp_path)
+
+
 @SLOW
 def test_a_template_of_folders_gives_every_trial_its_own(sweep: Callable[..., Sweep]) -> None:
     search = sweep("x=1,2", "hydra/sweeper/study_sampler=random", "hydra.sweep.subdir=x_${x}", "hydra.sweeper.n_jobs=2")
