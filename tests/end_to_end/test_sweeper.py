@@ -419,6 +419,20 @@ def test_a_refused_command_leaves_the_report_as_it_was(sweep: Callable[..., Swee
     assert {path.name: path.read_bytes() for path in search.folder.glob("*.*") if path.name in before} == before
 
 
+def test_workers_do_not_wait_for_a_long_trial(sweep: Callable[..., Sweep]) -> None:
+    """The first trial ends only after all others have: behind a barrier they would not have begun."""
+    points = [f"{{x: {x}, others: {5 if x == 0 else 0}}}" for x in range(6)]
+    search = sweep(
+        "x=range(0,6)", "others=0,5", f"hydra.sweeper.enqueue=[{','.join(points)}]", "hydra.sweeper.n_trials=6",
+        "hydra.sweeper.mode=workers", *JOBLIB,
+    )  # fmt: skip
+    out = search.run()
+    rows = search.rows()
+    assert [row["state"] for row in rows] == ["complete"] * 6, out
+    processes = [(search.folder / row["number"] / "ran.txt").read_text().split()[0] for row in rows]
+    assert processes[0] not in processes[1:] and len(set(processes[1:])) == 1, "one had the long one, one all others"
+
+
 @SLOW
 def test_a_lowered_target_ends_the_sweep_there(sweep: Callable[..., Sweep]) -> None:
     search = sweep("x=range(0,6)", "kind=a,b", "hydra/sweeper/study_sampler=grid", "hydra.sweeper.fixed={kind: b}")

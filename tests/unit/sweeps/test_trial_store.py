@@ -28,6 +28,7 @@ from research.sweeps.search_space import SearchSpace
 from research.sweeps.space_parser import parse_space
 from research.sweeps.storages import FlockOnFile, StorageSpec, storage_spec
 from research.sweeps.sweep_plan import SweepLimits
+from research.sweeps.sweep_points import top_up
 from research.sweeps.sweep_report import trial_row
 from research.sweeps.sweep_study import claim_control, differences, open_study, refuse_foreign_runs
 from research.sweeps.sweep_terms import SweepTerms
@@ -275,6 +276,28 @@ def test_processes_that_draw_at_once_draw_no_point_twice(
         worker.join(120)
     drawn = [trial.params["x"] for trial in store.trials()]
     assert len(drawn) == 17 and len(set(drawn)) == 17, drawn
+
+
+def _top_up_beside_others(spec: StorageSpec, begin: Any) -> None:
+    store = TrialStore(SweepTerms(storage=spec, name="sweep", sampler={"name": "grid"}))
+    store.study()
+    begin.wait(60)
+    top_up(store, space_of(x="range(0,30)"), 30, [])
+
+
+@pytest.mark.parametrize("kind", ["journal", "rdb"])
+def test_commands_that_top_up_a_grid_at_once_add_every_point_once(kind: str, tmp_path: Path) -> None:
+    """Were a point there twice, another would be missing when the surplus is taken back."""
+    store = store_of(spec_of(kind, tmp_path))
+    context = multiprocessing.get_context("fork")
+    begin = context.Barrier(3)
+    commands = [context.Process(target=_top_up_beside_others, args=(store.terms.storage, begin)) for _ in range(3)]
+    for command in commands:
+        command.start()
+    for command in commands:
+        command.join(120)
+    points = [trial.system_attrs["fixed_params"]["x"] for trial in store.trials()]
+    assert sorted(points) == list(range(30))
 
 
 def test_a_lease_whose_process_was_killed_is_stale_at_once(tmp_path: Path) -> None:
