@@ -34,7 +34,7 @@ from research.sweeps.sweep_terms import SweepTerms
 from research.sweeps.trial_context import Check, application_check, application_program
 from research.sweeps.trial_runs import TrialRuns, refuse_in_a_rank
 from research.sweeps.trial_store import TrialStore
-from research.sweeps.trial_values import RETURNED_NONE
+from research.sweeps.trial_values import NO_NUMBER
 from research.sweeps.trial_work import TrialWork, key_of
 
 log = logging.getLogger(__name__)
@@ -114,15 +114,15 @@ def sweep(
 def refuse_fruitless(store: TrialStore) -> None:
     """Raise ConfigError, with the first failure's reason and folder, where trials ended and none of them completed.
 
-    A grid of an application whose task returns nothing is a plain multirun, and no search that found nothing.
+    A grid of an application whose task returns no number at all is a plain multirun, not a search without a result.
     """
     counts = store.counts()
     if not counts.finished or counts.complete:
         return
     ended = [trial for trial in store.trials() if trial.state.is_finished()]
     failed = [trial for trial in ended if trial.state.name == "FAIL"]
-    returned_none = [trial.user_attrs.get("reason") == RETURNED_NONE for trial in ended]
-    if all(returned_none) and store.terms.sampler["name"] == "grid" and not application_program():
+    are_no_numbers = all(str(trial.user_attrs.get("reason")).endswith(NO_NUMBER) for trial in ended)
+    if are_no_numbers and store.terms.sampler["name"] == "grid" and not application_program():
         return
     first = (failed or ended)[0]
     reason = str(first.user_attrs.get("reason") or "no reason").rstrip(".")

@@ -11,7 +11,7 @@ from research.sweeps.sweep_terms import SweepTerms
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-RETURNED_NONE = "the task returned None; expected a number for each objective"
+NO_NUMBER = "expected a number for each objective"
 
 
 def values_of(terms: SweepTerms, returned: Any) -> list[float]:
@@ -25,15 +25,13 @@ def values_of(terms: SweepTerms, returned: Any) -> list[float]:
             known = ", ".join(sorted(str(key) for key in returned)) or "nothing"
             raise ConfigError(f"the task returned no {', '.join(absent)}; it returned {known}")
         returned = [returned[name] for name in names]
-    if returned is None and count == 1:
-        raise ConfigError(RETURNED_NONE)
     values = list(returned) if isinstance(returned, list | tuple) else [returned]
     if len(values) != count:
         raise ConfigError(f"the task returned {len(values)} values; the study has {count} objectives")
     try:
         numbers = [float(value) for value in values]
     except (TypeError, ValueError):
-        raise ConfigError(f"the task returned {short(returned)}; expected a number for each objective") from None
+        raise ConfigError(f"the task returned {short(returned)}; {NO_NUMBER}") from None
     if not all(map(math.isfinite, numbers)):
         raise ConfigError(f"the task returned {numbers}, which is not finite")
     return numbers
