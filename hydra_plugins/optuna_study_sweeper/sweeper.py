@@ -24,13 +24,18 @@ class OptunaStudySweeper(Sweeper):
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Sweep over what the overrides and `hydra.sweeper.params` search; returns Hydra's job returns by launch."""
-        from research.sweeps.sweep_command import sweep
+        """Sweep over what the overrides and `hydra.sweeper.params` search; returns Hydra's job returns by launch.
+
+        Raises ConfigError, after the report, where trials ended and none was completed.
+        """
+        from research.sweeps.sweep_command import refuse_fruitless, sweep
         from research.sweeps.sweep_options import normalised
 
         assert self.config is not None and self.hydra_context is not None and self.task_function is not None
         options = normalised(self.options)
-        return sweep(options, arguments, self.hydra_context, self.task_function, self.config, self._launcher)[0]
+        returns, store = sweep(options, arguments, self.hydra_context, self.task_function, self.config, self._launcher)
+        refuse_fruitless(store)
+        return returns
 
     def _launcher(self, task: TaskFunction, config: DictConfig) -> Any:
         return Plugins.instance().instantiate_launcher(

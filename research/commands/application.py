@@ -71,11 +71,13 @@ def _run(command: str, task: Task, arguments: list[str], conf_dir: Path, *, keep
     from research.sweeps.best_experiment import with_experiment_file
     from research.sweeps.secrets import mask_printed, refuse_secret_overrides
     from research.sweeps.trial_context import set_application_program
+    from research.sweeps.trial_values import refuse_test_monitor
 
     refuse_secret_overrides(arguments)
     register_schemas()
     arguments = with_experiment_file(arguments)
-    set_application_program((sys.executable, "-m", _MODULE, command))
+    check = refuse_test_monitor if command == "train" else None
+    set_application_program((sys.executable, "-m", _MODULE, command), check)
     failures: list[BaseException] = []
     job = _guarded(command, task, failures, keep_in_job)
     printed = io.StringIO() if any(a.startswith(_PRINTING_FLAGS) for a in arguments) else None

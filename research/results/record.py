@@ -21,7 +21,7 @@ LEDGER_PARTS = ("student_update", "teacher_scoring", "teacher_training", "rollou
 LEDGER_FIELDS = ("flops", "tokens", "seconds")
 RECORDED_PACKAGES = (
     "torch", "lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "scipy", "safetensors",
-    "transformers", "pyarrow",
+    "transformers", "pyarrow", "optuna",
 )  # fmt: skip
 _SECRET = re.compile(r"secret|passw|api_?key|credential|private_?key|token$", re.IGNORECASE)
 _INLINE = re.compile(r"(?<=[{,\s])([\w.]+)(\s*:\s*)([^,{}\[\]]+)")

@@ -39,8 +39,11 @@ PRUNERS = {
 SINGLE_OBJECTIVE = ("cmaes",)
 
 
-def build_sampler(node: Mapping[str, Any], seed: int | None) -> "BaseSampler":
-    """The sampler that a config names, every setting as written there. Raises ConfigError for what it does not take."""
+def build_sampler(node: Mapping[str, Any], seed: int | None, sequence: int | None = None) -> "BaseSampler":
+    """The sampler that a config names, every setting as written there. Raises ConfigError for what it does not take.
+
+    sequence   seed of the one sequence of points that all processes of a sweep go along (qmc); None: as `seed`
+    """
     import optuna
 
     given = {str(key): value for key, value in node.items() if value is not None}
@@ -50,6 +53,8 @@ def build_sampler(node: Mapping[str, Any], seed: int | None) -> "BaseSampler":
     if name in ("grid", "random"):
         given = {key: value for key, value in given.items() if key not in _all_settings(optuna.samplers, SAMPLERS)}
     _check_settings(made, given, f"sampler {name}")
+    if name == "qmc" and sequence is not None:  # its points outside the sequence, such as the first, by `seed` still
+        given["independent_sampler"], seed = optuna.samplers.RandomSampler(seed=seed), sequence
     try:
         with experimental():
             return made(seed=seed, **given)

@@ -127,8 +127,13 @@ def _ranged(key: str, sweep: RangeSweep, texts: Sequence[str]) -> Parameter:
             f"{key}=range({sweep.start},{sweep.stop},{sweep.step}) holds {len(values)} values; search two"
         )
     low, high, step = min(values), max(values), abs(sweep.step)
-    step = step if is_int else float(step)
-    return Parameter(key.lstrip("+"), key, low=low, high=high, step=step, log=_is_log(key, sweep, low), is_int=is_int)
+    step, is_log = step if is_int else float(step), _is_log(key, sweep, low)
+    if is_log and not is_int:
+        raise ConfigError(
+            f"{key} is a range of numbers with a point, {texts[0]} to {texts[-1]}, on a log scale, where steps mean "
+            f"nothing; give tag(log, interval({texts[0]}, {texts[-1]}))"
+        )
+    return Parameter(key.lstrip("+"), key, low=low, high=high, step=step, log=is_log, is_int=is_int)
 
 
 def _interval(key: str, sweep: IntervalSweep) -> Parameter:

@@ -8,6 +8,7 @@ import fcntl
 import os
 import random
 import re
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 STORAGES = ("journal", "rdb", "grpc", "memory")
 MAKING_TABLES = 10  # attempts of a command that meets others at the making of a database's tables
 _IN_MEMORY: dict[str, Any] = {}
+_LOCKS = threading.local()  # the files that this thread has locked
 
 
 @dataclass(frozen=True)
@@ -50,20 +52,33 @@ class StorageSpec:
 
     @contextmanager
     def exclusively(self) -> Iterator[None]:
-        """Inside, no other process that asks here changes a trial's state: SQLite reads and writes it in two steps.
+        """Inside, no other process that asks here changes a trial's state, or draws or adds what hangs on the others.
 
-        The other storages do it in one, or lock the row; for them this is nothing.
+        A lock on a file beside a journal or an SQLite file; inside itself it is nothing. A database with a server and
+        gRPC offer none: there Optuna's own compare-and-swap guards the taking of a trial, and the rest by chance alone.
         """
-        file = urlsplit(self.url or "").path
-        if self.name != "rdb" or not (self.url or "").startswith("sqlite") or not file.strip("/"):
+        path = self._lock_path()
+        held: set[Path] = _LOCKS.__dict__.setdefault("held", set())
+        if path is None or path in held:
             yield
             return
-        lock = FlockOnFile(Path(file.removeprefix("/") + ".lock"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FlockOnFile(path)
         lock.acquire()
+        held.add(path)
         try:
             yield
         finally:
+            held.discard(path)
             lock.release()
+
+    def _lock_path(self) -> Path | None:
+        if self.name == "journal":  # Optuna's own lock of the journal is another file: it is taken inside
+            return Path(f"{self.path}.exclusive.lock")
+        file = urlsplit(self.url or "").path
+        if self.name != "rdb" or not (self.url or "").startswith("sqlite") or not file.strip("/"):
+            return None
+        return Path(file.removeprefix("/") + ".lock")
 
     def described(self) -> str:
         """The storage in a few words, passwords left out."""

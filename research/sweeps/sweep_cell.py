@@ -31,6 +31,7 @@ from research.sweeps.jobs import trial_cell
 from research.sweeps.sweep_command import sweep
 from research.sweeps.sweep_options import normalised
 from research.sweeps.trial_store import TrialStore
+from research.sweeps.trial_values import refuse_test_monitor
 
 SWEEP_FOLDER = "sweep"
 OWN = ("hydra.sweeper", "hydra/sweeper")
@@ -60,7 +61,10 @@ class SweepCell:
             raise ConfigError(
                 "a cell of `command: sweep` needs the sweeper: hparams_search=NAME or hydra/sweeper=optuna_study"
             )
-        store = sweep(options, overrides, self._context, trial_cell, config, self._launcher, is_shown=False)[1]
+        store = sweep(
+            options, overrides, self._context, trial_cell, config, self._launcher, check=refuse_test_monitor,
+            is_shown=False,
+        )[1]  # fmt: skip
         record = self._record(cfg, store, [*overrides, *own], folder, started_at, time.perf_counter() - started)
         write_record(folder / "run.json", record)
         return record.metrics.get("search/best")

@@ -16,24 +16,25 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from research.errors import ConfigError
 from research.schemas import nearest
+from research.sweeps.gpus import gpus_of
 from research.sweeps.search_space import Parameter, SearchSpace
 from research.sweeps.space_parser import parse_space
 from research.sweeps.sweep_controller import SweepController
 from research.sweeps.sweep_options import (
     check_seeds,
     first_seed,
-    gpus_of,
     run_overrides,
     run_plan_of,
     sweep_plan_of,
     sweep_terms_of,
 )
-from research.sweeps.sweep_progress import watching_sweep
+from research.sweeps.sweep_progress import told, watching_sweep
 from research.sweeps.sweep_report import Compose, build_sweep_report, save_terms
 from research.sweeps.sweep_terms import SweepTerms
-from research.sweeps.trial_context import application_program
+from research.sweeps.trial_context import Check, application_check, application_program
 from research.sweeps.trial_runs import TrialRuns, refuse_in_a_rank
 from research.sweeps.trial_store import TrialStore
+from research.sweeps.trial_values import NO_NUMBER
 from research.sweeps.trial_work import TrialWork, key_of
 
 log = logging.getLogger(__name__)
@@ -47,11 +48,13 @@ def sweep(
     config: DictConfig,
     launcher_for: Callable[[TaskFunction, DictConfig], Any],
     *,
+    check: Check | None = None,
     is_shown: bool = True,
 ) -> tuple[list[Any], TrialStore]:
     """Run a sweep, or go on with it, and write its report.
 
     options   keywords of the sweeper, as :func:`normalised` gives them
+    check     what the application refuses of a trial; None: what it told with its program, if anything
     is_shown  whether a display says how far it is, and its end what it left
     Returns the launcher's returns, launch by launch, and the trials.
     """
@@ -70,7 +73,8 @@ def sweep(
     terms = sweep_terms_of(options, space, sweep_dir, config)
     check_seeds(options, space)
     own = run_overrides(config)
-    _check_composes(space, [*fixed, *own, *first_seed(options)], loader, config)
+    check, always = check or application_check(), [*fixed, *own, *first_seed(options)]
+    _check_composes(space, always, loader, config, lambda trial: check(trial, terms.objectives) if check else None)
     plan = sweep_plan_of(options, config, terms)
     work = TrialWork(
         store=TrialStore(terms),
@@ -94,11 +98,38 @@ def sweep(
         plan, work, task, lambda wrapped: launcher_for(wrapped, quiet), remembered, folders_of(loader, config)
     )
     controller.open()
-    _keep_config(config, terms, sweep_dir)
+    begun = []
+
+    def begin() -> None:
+        _keep_config(config, terms, sweep_dir)
+        begun.append(True)
+
     try:
-        return controller.run(watching_sweep if is_shown else lambda store, target: nullcontext()), work.store
+        return controller.run(watching_sweep if is_shown else lambda store, target: nullcontext(), begin), work.store
     finally:
-        _report(work.store, sweep_dir, composer(loader, str(config.hydra.job.config_name), own), is_shown)
+        if begun:  # the report of a sweep that another command controls is that command's
+            _report(work.store, sweep_dir, composer(loader, str(config.hydra.job.config_name), own), is_shown)
+
+
+def refuse_fruitless(store: TrialStore) -> None:
+    """Raise ConfigError, with the first failure's reason and folder, where trials ended and none of them completed.
+
+    A grid of an application whose task returns no number at all is a plain multirun, not a search without a result.
+    """
+    counts = store.counts()
+    if not counts.finished or counts.complete:
+        return
+    ended = [trial for trial in store.trials() if trial.state.is_finished()]
+    failed = [trial for trial in ended if trial.state.name == "FAIL"]
+    are_no_numbers = all(str(trial.user_attrs.get("reason")).endswith(NO_NUMBER) for trial in ended)
+    if are_no_numbers and store.terms.sampler["name"] == "grid" and not application_program():
+        return
+    first = (failed or ended)[0]
+    reason = str(first.user_attrs.get("reason") or "no reason").rstrip(".")
+    raise ConfigError(
+        f"no trial of the sweep {store.terms.name!r} was completed ({told(counts)}). Trial {first.number} ended with: "
+        f"{reason}; see {first.user_attrs.get('folder')}"
+    )
 
 
 def composer(loader: Any, config_name: str, own: Sequence[str] = ()) -> Compose:
@@ -131,18 +162,28 @@ def _application(config: DictConfig) -> str:
     return f"distill {config.hydra.job.config_name}" if application_program() else str(config.hydra.job.name)
 
 
-def _check_composes(space: SearchSpace, fixed: Sequence[str], loader: Any, config: DictConfig) -> None:
-    """Compose one trial for every value of every group and block: a typing error costs no trial."""
+def _check_composes(
+    space: SearchSpace,
+    fixed: Sequence[str],
+    loader: Any,
+    config: DictConfig,
+    check: Callable[[DictConfig], None] = lambda trial: None,
+) -> None:
+    """Compose one trial for every value of every group and block: a typing error costs no trial.
+
+    check   told each composed trial; it raises ConfigError for what the application refuses
+    """
     name = config.hydra.job.config_name
     for point in _samples(space):
         overrides = [*fixed, *space.overrides(point)]
         try:
-            loader.load_configuration(config_name=name, overrides=overrides, run_mode=RunMode.RUN)
+            trial = loader.load_configuration(config_name=name, overrides=overrides, run_mode=RunMode.RUN)
         except HydraException as error:
-            told = " ".join(f"{error} {error.__cause__ or ''}".split())
+            text = " ".join(f"{error} {error.__cause__ or ''}".split())
             raise ConfigCompositionException(
-                f"a trial does not compose ({', '.join(space.overrides(point))}): {told}{_near(told, config)}"
+                f"a trial does not compose ({', '.join(space.overrides(point))}): {text}{_near(text, config)}"
             ) from None
+        check(trial)
 
 
 def _samples(space: SearchSpace) -> list[dict[str, Any]]:
@@ -169,9 +210,9 @@ def _shown(parameter: Parameter) -> list[Any]:
     return parameter.values() if parameter.choices else [parameter.low, parameter.high]
 
 
-def _near(told: str, config: DictConfig) -> str:
+def _near(text: str, config: DictConfig) -> str:
     """The nearest key of the config, where Hydra says that it knows none of that name."""
-    named = re.search(r"Could not override '([^']+)'", told)
+    named = re.search(r"Could not override '([^']+)'", text)
     if not named:
         return ""
     return nearest(named[1].lstrip("+"), _keys(OmegaConf.to_container(config, resolve=False)))
@@ -217,8 +258,8 @@ def _make_folder(sweep_dir: Path) -> None:
 def _report(store: TrialStore, sweep_dir: Path, compose: Compose, is_shown: bool) -> None:
     """Write what there is to tell; a sweep whose report fails has still run."""
     try:
-        told = build_sweep_report(store, sweep_dir, compose)
+        lines = build_sweep_report(store, sweep_dir, compose)
         if is_shown:
-            print(told)
+            print(lines)
     except Exception:
         log.exception("the report of %s could not be written; `distill report %s` tries again", sweep_dir, sweep_dir)

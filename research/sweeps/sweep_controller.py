@@ -36,7 +36,7 @@ from research.sweeps.trial_work import (
 )
 
 log = logging.getLogger(__name__)
-KEEPS_ITS_SEED = ("qmc", "grid", "brute_force")  # their points follow from the seed and from the trials there are
+KEEPS_ITS_SEED = ("grid", "brute_force")  # they give no point again, whatever the seed
 DYING_S = 10.0
 FRUITLESS = 3
 
@@ -73,14 +73,16 @@ class SweepController:
         refuse_foreign_runs(self.store, Path(self.work.sweep_dir))
         self._goes_on_with = open_study(self.store, self._terms, resume=self.plan.resume, on_change=self.plan.on_change)
 
-    def run(self, watch: Callable[[TrialStore, int], Any]) -> list[Any]:
+    def run(self, watch: Callable[[TrialStore, int], Any], begin: Callable[[], None] = lambda: None) -> list[Any]:
         """Sweep until the target is met or a limit ends it; returns what the launcher returned, launch by launch.
 
-        The study is open by now.
+        The study is open by now. Raises ConfigError where another command controls it.
 
         watch  (store, target) -> a context manager that shows how far the sweep is
+        begin  called once nothing can refuse this command any more
         """
         with self._control():
+            begin()
             target = self._trials
             is_made = self._goes_on_with and await_tickets(self.store)
             if self._to_copy is not None and not is_made:
@@ -102,7 +104,8 @@ class SweepController:
         while self._goes_on():
             batch: list[tuple[int, list[str]]] = []
             room = min(self.plan.n_jobs, target - self.store.counts().under_way)
-            while len(batch) < room and (trial := self.store.take(self.space, self._sampler_seed())):
+            sequence = self.plan.sampler_seed
+            while len(batch) < room and (trial := self.store.take(self.space, self._sampler_seed(), sequence)):
                 batch.append((trial.number, self.work.prepare(trial)))
             if not batch:
                 if not self.store.counts().running:
@@ -217,30 +220,32 @@ class SweepController:
             for number in running:
                 lease = self.store.trial(number).user_attrs.get("lease")
                 if not lease or is_this_process(lease) or not _lives(lease):
-                    self.store.interrupted(number, reason, counts=counts)
+                    self.store.interrupted(number, reason, counts=counts, lease=lease)
             running = [n for n in running if self.store.trial(n).state is TrialState.RUNNING]
             if running:
                 time.sleep(0.2)
 
     def _leave_none_taken(self) -> None:
         """Let trials wait again that this process took and did not come to run: nothing of its own runs any more."""
-        for trial in self.store.trials():
-            if trial.state.name == "RUNNING" and is_this_process(trial.user_attrs.get("lease")):
-                self.store.interrupted(trial.number, "its command ended before it began", counts=False)
+        for number in self.store.running_here():
+            self.store.interrupted(number, "its command ended before it began", counts=False)
 
     def _wait_for_the_dying(self, *, counts: bool) -> None:
         """Give workers that are being stopped a moment, then let their trials wait again."""
         deadline = time.monotonic() + DYING_S
         while time.monotonic() < deadline and self.store.counts().running:
             for number in [trial.number for trial in self.store.trials() if trial.state.name == "RUNNING"]:
-                lease = self.store.trial(number).user_attrs.get("lease") or {}
+                lease = self.store.trial(number).user_attrs.get("lease")
                 if lease and (is_this_process(lease) or not _lives(lease)):
-                    self.store.interrupted(number, "its worker died", counts=counts)
+                    self.store.interrupted(number, "its worker died", counts=counts, lease=lease)
             time.sleep(0.2)
 
     def _sampler_seed(self) -> int | None:
-        """The configured seed at a sweep's beginning; on a resume another one, or the first points would come again."""
-        seed, known = self.plan.sampler_seed, self.store.counts().finished
+        """The configured seed at a sweep's beginning; on a resume another one, or the first points would come again.
+
+        A trial that was interrupted has been drawn too, and keeps its values.
+        """
+        seed, known = self.plan.sampler_seed, sum(1 for trial in self.store.trials() if trial.params)
         if seed is None or not known or self.store.terms.sampler["name"] in KEEPS_ITS_SEED:
             return seed
         return worker_seed(seed, known)
@@ -254,16 +259,22 @@ class SweepController:
         claim_control(self.store, self.store.terms.stale_s)
         count = 0
 
-        def beat() -> None:
+        def beat(number: int | None) -> None:
+            try:
+                beat_control(self.store, number)
+            except Exception:
+                log.debug("the storage is out of reach for now", exc_info=True)
+
+        def beat_on() -> None:
             nonlocal count
             count += 1
-            beat_control(self.store, count)
+            beat(count)
 
         try:
-            with repeating(beat, self.store.terms.lease_s, "controller's lease"):
+            with repeating(beat_on, self.store.terms.lease_s, "controller's lease"):
                 yield
         finally:
-            beat_control(self.store, None)
+            beat(None)  # the next command sees anyway that this process is gone
 
 
 def _consecutive(batch: Sequence[tuple[int, list[str]]]) -> Iterator[list[tuple[int, list[str]]]]:

@@ -1,8 +1,6 @@
 """From a sweeper's options to what a sweep is made of, checked: every mistake is told before the first trial."""
 
 import os
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -200,23 +198,3 @@ def _on_validation(metric: str | None) -> str | None:
             f"hydra.sweeper.prune_on is {metric!r}; only metrics of validation select: give one of val/..."
         )
     return metric
-
-
-def gpus_of(given: Any, n_jobs: int) -> tuple[str, ...]:
-    """One GPU for every worker where there are several; what the user says goes first."""
-    if given is not None:
-        return tuple(str(one) for one in given)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if n_jobs == 1:
-        return ()
-    if visible is not None:
-        found = [one.strip() for one in visible.split(",") if one.strip()]
-    elif shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-        found = [
-            str(number)
-            for number, _ in enumerate(line for line in listed.stdout.splitlines() if line.startswith("GPU"))
-        ]
-    else:
-        found = []
-    return tuple(found) if len(found) > 1 else ()

@@ -59,11 +59,11 @@ class SweepLimits:
         too_often = self.max_failure_rate is not None and finished >= 10 and rate > self.max_failure_rate
         if too_many or too_often:
             last = failed[-1]
-            limit = f"max_failures={self.max_failures}" if too_many else f"max_failure_rate={self.max_failure_rate}"
+            key = "max_failures" if too_many else "max_failure_rate"
             raise ConfigError(
-                f"{count} of {finished} trials failed ({limit}); trial {last.number} with "
-                f"{last.user_attrs.get('reason')} in {last.user_attrs.get('folder')}. Start again once that is mended: "
-                "what is finished stays"
+                f"{count} of {finished} trials failed ({key}={getattr(self, key)}); trial {last.number} with "
+                f"{last.user_attrs.get('reason')} in {last.user_attrs.get('folder')}. What is finished stays, failures "
+                f"too: once that is mended, start again with a greater hydra.sweeper.{key}, or null for no limit"
             )
 
 

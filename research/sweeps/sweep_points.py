@@ -45,7 +45,15 @@ def points_by_hand(plan: SweepPlan, space: SearchSpace) -> list[dict[str, Any]]:
 
 
 def top_up(store: TrialStore, space: SearchSpace, target: int, given: Sequence[Mapping[str, Any]]) -> None:
-    """Add the trials that the target lacks: points given by hand first, a grid's in its order."""
+    """Add the trials that the target lacks: points given by hand first, a grid's in its order.
+
+    Under a lock where the storage has one: of two commands the second sees the points that the first has added.
+    """
+    with store.terms.storage.exclusively():
+        _top_up(store, space, target, given)
+
+
+def _top_up(store: TrialStore, space: SearchSpace, target: int, given: Sequence[Mapping[str, Any]]) -> None:
     missing = target - store.counts().total
     if missing < 0:
         store.take_back_surplus(target)

@@ -11,7 +11,7 @@ import yaml
 from omegaconf import DictConfig
 
 from research.errors import ConfigError
-from research.results.record import write_atomic
+from research.results.record import collect_versions, write_atomic
 from research.sweeps.best_experiment import experiment_text
 from research.sweeps.sweep_progress import best_line, told
 from research.sweeps.sweep_terms import SweepTerms
@@ -82,7 +82,7 @@ def value_names(terms: SweepTerms) -> tuple[str, ...]:
 
 
 def save_terms(terms: SweepTerms, sweep_dir: Path, application: str) -> None:
-    """Keep in the folder what is needed to open the sweep again: `distill report FOLDER`.
+    """Keep in the folder what is needed to open the sweep again (`distill report FOLDER`), and Optuna's version.
 
     application  names the config that trials are composed from
     """
@@ -94,6 +94,7 @@ def save_terms(terms: SweepTerms, sweep_dir: Path, application: str) -> None:
         "objectives": list(terms.objectives),
         "constraints": dict(terms.constraints),
         "application": application,
+        "versions": collect_versions(("optuna",)),
     }
     write_atomic(sweep_dir / TERMS_FILE, yaml.safe_dump(told, sort_keys=False).encode())
 

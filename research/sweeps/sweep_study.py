@@ -19,6 +19,8 @@ READY_S = 30.0
 def open_study(store: TrialStore, terms: Mapping[str, Any], *, resume: str, on_change: str) -> bool:
     """Make the study or find it; returns whether it was there before.
 
+    A study without trials and terms, as a kill right after its making leaves it, is made to the end here.
+
     terms      what must be the same when a sweep goes on: space, fixed overrides, objectives, directions, seeds
     resume     auto: go on where there is something; must: there must be; never: there must not
     on_change  refuse terms that differ from the study's, with the differences, or allow them
@@ -42,8 +44,11 @@ def open_study(store: TrialStore, terms: Mapping[str, Any], *, resume: str, on_c
             raise ConfigError(
                 f"hydra.sweeper.resume is never, but {where} holds a study {name!r}; choose another study_name"
             ) from None
-        _compare(store, terms, on_change)
-        return True
+        if not _is_blank(store):
+            _compare(store, terms, on_change)
+            return True
+        study = store.study()
+        _refuse_directions(store)
     if store.terms.objectives:
         study.set_metric_names(list(store.terms.objectives))
     study.set_user_attr(TERMS, dict(terms))
@@ -108,16 +113,18 @@ def claim_control(store: TrialStore, stale_s: float) -> None:
     One on another machine is waited for, until it gives a sign of life or has been silent for `stale_s`.
     """
     beats, first = Beats(stale_s), store.study().user_attrs.get(CONTROLLER) or {}
-    held = first
-    while held and not is_this_process(held) and not beats.is_stale(0, held):
-        if is_same_machine(held) or held["beat"] != first["beat"]:  # alive here, or a sign of life from elsewhere
+    while True:
+        with store.terms.storage.exclusively():  # two that look at the same moment must not both find nobody
+            held = store.study().user_attrs.get(CONTROLLER) or {}
+            if not held or is_this_process(held) or beats.is_stale(0, held):
+                beat_control(store, 0)
+                return
+        if is_same_machine(held) or held["beat"] != first.get("beat"):  # alive here, or a sign of life from elsewhere
             raise ConfigError(
                 f"another command (process {held['pid']} on {str(held['host']).split()[0]}) controls the study "
                 f"{store.terms.name!r}; wait for it, or join it with hydra.sweeper.mode=workers in both commands"
             )
         time.sleep(1.0)
-        held = store.study().user_attrs.get(CONTROLLER) or {}
-    beat_control(store, 0)
 
 
 def beat_control(store: TrialStore, beat: int | None) -> None:
@@ -127,11 +134,27 @@ def beat_control(store: TrialStore, beat: int | None) -> None:
     store.storage.set_study_user_attr(study_id, CONTROLLER, held)
 
 
-def _compare(store: TrialStore, terms: Mapping[str, Any], on_change: str) -> None:
+def _is_blank(store: TrialStore) -> bool:
+    """Whether a study holds nothing, and its maker, if it lives, has written nothing for as long as it would take."""
     deadline = time.monotonic() + READY_S
-    while TERMS not in (attributes := store.study().user_attrs) and time.monotonic() < deadline:
-        time.sleep(0.2)  # its maker is about to write them
-    old = attributes.get(TERMS)
+    while not (study := store.study()).user_attrs and not study.get_trials(deepcopy=False):
+        if time.monotonic() >= deadline:
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def _refuse_directions(store: TrialStore) -> None:
+    found = [direction.name.lower() for direction in store.study().directions]
+    if found != list(store.terms.directions):
+        raise ConfigError(
+            f"the study {store.terms.name!r} in {store.terms.storage.described()} goes {found}, not "
+            f"{list(store.terms.directions)}: give another study_name"
+        )
+
+
+def _compare(store: TrialStore, terms: Mapping[str, Any], on_change: str) -> None:
+    old = store.study().user_attrs.get(TERMS)
     where = f"{store.terms.name!r} in {store.terms.storage.described()}"
     if old is None:
         raise ConfigError(f"the study {where} was not made by this sweeper; choose another study_name or storage")
@@ -147,11 +170,7 @@ def _compare(store: TrialStore, terms: Mapping[str, Any], on_change: str) -> Non
             f"the study {where} cannot go on with other choices, another scale or another type of {', '.join(never)}: "
             "Optuna keeps them for the whole study. Choose another study_name; copy_from takes over what fits"
         )
-    found = [direction.name.lower() for direction in store.study().directions]
-    if found != list(store.terms.directions):
-        raise ConfigError(
-            f"the study {where} goes {found}, not {list(store.terms.directions)}: give another study_name"
-        )
+    _refuse_directions(store)
     if lines:
         store.study().set_user_attr(TERMS, dict(terms))
 

@@ -5,7 +5,7 @@ Imports no Optuna: whatever asks whether it is a trial gets its answer at once.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -65,7 +65,9 @@ def within_trial(context: TrialContext) -> Iterator[None]:
             os.environ[VARIABLE] = before
 
 
+Check = Callable[[Any, tuple[str, ...]], None]
 _program: tuple[str, ...] = ()
+_check: Check | None = None
 
 
 def application_program() -> tuple[str, ...]:
@@ -73,7 +75,15 @@ def application_program() -> tuple[str, ...]:
     return _program
 
 
-def set_application_program(program: tuple[str, ...]) -> None:
-    """Tell what starts this command in a process of its own, such as [python, script.py, train]."""
-    global _program
-    _program = program
+def application_check() -> Check | None:
+    """What the application refuses of a trial before a sweep begins, as it told; None: it told nothing."""
+    return _check
+
+
+def set_application_program(program: tuple[str, ...], check: Check | None = None) -> None:
+    """Tell what starts this command in a process of its own, such as [python, script.py, train].
+
+    check   told a trial's composed config and the names of the objectives; raises ConfigError for what no trial may be
+    """
+    global _program, _check
+    _program, _check = program, check

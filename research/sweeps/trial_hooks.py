@@ -6,12 +6,12 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
-from research.errors import ConfigError
 from research.loops.pruning_stop import PruningStop
 from research.results.record import RunRecord
 from research.sweeps.engines import build_pruner
 from research.sweeps.storages import StorageSpec
 from research.sweeps.trial_context import TrialContext, current_trial
+from research.sweeps.trial_values import refuse_test_monitor
 
 
 def pruning_stop(cfg: DictConfig) -> PruningStop | None:
@@ -31,10 +31,7 @@ def as_trial(cfg: DictConfig) -> DictConfig:
     trial = current_trial()
     if trial is None:
         return cfg
-    if not trial.objectives and str(cfg.monitor).startswith("test"):
-        raise ConfigError(
-            f"monitor is {cfg.monitor}, by which the sweep would select; give a metric of validation, val/..."
-        )
+    refuse_test_monitor(cfg, trial.objectives)
     cfg = cfg.copy()
     with open_dict(cfg):
         if cfg.ckpt_path is None:

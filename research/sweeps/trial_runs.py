@@ -144,8 +144,9 @@ class TrialRuns:
         ]  # fmt: skip
         with (folder / STDERR_FILE).open("a") as errors:
             child = subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=_dies_with_parent(), env=environment()
-            )
+                command, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=_dies_with_parent(), env=environment(),
+                cwd=_where_it_began(),
+            )  # fmt: skip
             code = _wait(child)
         if not result.exists():
             lines = (folder / STDERR_FILE).read_text(errors="replace").strip().splitlines()[-20:]
@@ -177,11 +178,20 @@ class WriteResult(Callback):
         partial.replace(path)
 
 
-def refuse_in_a_rank() -> None:
-    """Raise ConfigError where this process is a further rank of a distributed run: it must not start a sweep."""
+def refuse_in_a_rank(*, is_job: bool = False) -> None:
+    """Raise ConfigError where this process is a further rank of a distributed run: it must not start a sweep.
+
+    is_job  asked in a launched job: a further task of it must not work beside the first one
+    """
     for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"):
         value = os.environ.get(name, "0")
         if value.isdigit() and int(value) > 0:
+            if is_job:
+                raise ConfigError(
+                    f"{name} is {value}: this is a further task of a launched job, and each of them would run trials. "
+                    "Give a job one task (hydra.launcher.tasks_per_node=1), and a trial its ranks with "
+                    "trainer.devices and hydra.sweeper.subprocess=true"
+                )
             raise ConfigError(
                 f"{name} is {value}: this is a further rank of a distributed run, which must not sweep. Start "
                 "the sweep outside, or give a trial its ranks with trainer.devices and hydra.sweeper.subprocess=true"
@@ -228,6 +238,15 @@ def environment() -> dict[str, str]:
     Lightning takes the task that a cluster's launcher gave this worker for its own, and refuses a second rank.
     """
     return {name: value for name, value in os.environ.items() if not name.startswith(TASK_OF_SRUN)}
+
+
+def _where_it_began() -> str | None:
+    """The folder in which the command was given: from there `python -m` finds its module, and paths mean the same.
+
+    A job may be in a folder of its own (hydra.job.chdir). None, for this one, where the folder is not on this machine.
+    """
+    cwd = str(HydraConfig.get().runtime.cwd)
+    return cwd if Path(cwd).is_dir() else None
 
 
 def _dies_with_parent() -> Callable[[], None] | None:

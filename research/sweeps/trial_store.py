@@ -10,7 +10,7 @@ import logging
 import math
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from research.errors import ConfigError
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 TRACEBACK_LINES = 30
+DRAWN_ALONE = ("qmc", "brute_force")  # two processes that draw at once would draw the same point
 LONGEST_LINE, LONGEST_REASON = 400, 2000
+ANY = object()  # whatever lease a trial has
 
 
 class TrialStore:
@@ -70,6 +72,14 @@ class TrialStore:
     def trial(self, number: int) -> "FrozenTrial":
         """One trial."""
         return self.study().get_trials(deepcopy=False)[number]
+
+    def running_here(self) -> list[int]:
+        """The numbers of the running trials whose lease names this process, whether it works on them or not."""
+        return [
+            trial.number
+            for trial in self.trials()
+            if trial.state.name == "RUNNING" and is_this_process(trial.user_attrs.get("lease"))
+        ]
 
     def counts(self) -> Counts:
         """How many trials came how far."""
@@ -138,22 +148,31 @@ class TrialStore:
                     continue
                 if taken:
                     self.storage.set_trial_user_attr(trial._trial_id, "surplus", True)
-                    self.study().tell(trial.number, state=TrialState.FAIL)
+                    self.study().tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
-    def take(self, space: SearchSpace, seed: int | None) -> "Trial | None":
+    def take(self, space: SearchSpace, seed: int | None, sequence: int | None = None) -> "Trial | None":
         """The next waiting trial, now running and leased to this process, its values drawn; None where none waits.
 
-        seed   of this process's sampler, read at the first call
+        seed      of this process's sampler, read at the first call
+        sequence  seed that all processes share, of a sampler that goes along one sequence; None: as `seed`
+        An error while drawing comes through, and the trial waits again.
         """
         import optuna
 
         if self._sampler is None:
-            self._sampler = self._partly_fixed(build_sampler(self.terms.sampler, seed))
+            self._sampler = self._partly_fixed(build_sampler(self.terms.sampler, seed, sequence))
         trial_id = self._claim()
         if trial_id is None:
             return None
-        trial = optuna.trial.Trial(self.study(self._sampler), trial_id)
-        space.draw(functools.partial(_suggest, trial))
+        hangs_on_others = self.terms.sampler["name"] in DRAWN_ALONE
+        try:
+            with self.terms.storage.exclusively() if hangs_on_others else nullcontext():
+                trial = optuna.trial.Trial(self.study(self._sampler), trial_id)
+                space.draw(functools.partial(_suggest, trial))
+        except BaseException as error:  # it would run by name alone for as long as this process lives
+            told = f"its values could not be drawn: {type(error).__name__}: {error}"
+            self.interrupted(self.storage.get_trial_number_from_id(trial_id), told, counts=False)
+            raise
         return trial
 
     def _claim(self) -> int | None:
@@ -180,21 +199,23 @@ class TrialStore:
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
-        trial = self.trial(number)
-        if trial.state is TrialState.RUNNING:
+        with self.terms.storage.exclusively():
+            trial = self.trial(number)
             lease = trial.user_attrs.get("lease") or {}
-            owner = {key: lease.get(key) for key in this_process()}
-            is_ours = owner in (dict(controller), this_process())
-            return is_ours or (is_same_machine(lease) and not is_alive(lease))
-        try:
-            with self.terms.storage.exclusively():
+            if trial.state is TrialState.RUNNING:
+                owner = {key: lease.get(key) for key in this_process()}
+                is_left = owner == dict(controller) or (is_same_machine(lease) and not is_alive(lease))
+                if is_left and not is_this_process(lease):  # from here on no other job finds it left to it
+                    self._write_lease(trial._trial_id, 0)
+                return is_left or is_this_process(lease)
+            try:
                 taken = trial.state is TrialState.WAITING and self.storage.set_trial_state_values(
                     trial._trial_id, state=TrialState.RUNNING
                 )
-        except UpdateFinishedTrialError:
-            return False
-        if taken:
-            self._write_lease(trial._trial_id, 0)
+            except UpdateFinishedTrialError:
+                return False
+            if taken:
+                self._write_lease(trial._trial_id, 0)
         return bool(taken)
 
     def _partly_fixed(self, sampler: Any) -> Any:
@@ -243,42 +264,51 @@ class TrialStore:
         """
         from optuna.trial import TrialState
 
-        found = []
-        for trial in self.trials():
-            if trial.state is not TrialState.RUNNING or (among is not None and trial.number not in among):
+        found, running = [], self.study().get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        for trial in running:
+            if "surplus" in trial.user_attrs:  # who took it back has died before it could tell
+                self.study().tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+                continue
+            if among is not None and trial.number not in among:
                 continue
             lease = trial.user_attrs.get("lease")
-            if self._beats.is_stale(trial.number, lease) and self.trial(trial.number).user_attrs.get("lease") == lease:
+            if self._beats.is_stale(trial.number, lease) and self.interrupted(
+                trial.number, "its process died", lease=lease
+            ):
                 found.append(trial.number)
-                self.interrupted(trial.number, "its process died")
         return found
 
     # -- telling ------------------------------------------------------------------------------------------------------
 
-    def interrupted(self, number: int, reason: str, *, counts: bool = True) -> None:
-        """A running trial waits again, or has failed where it was begun `max_attempts` times.
+    def interrupted(
+        self, number: int, reason: str, *, counts: bool = True, lease: Mapping[str, Any] | object | None = ANY
+    ) -> bool:
+        """A running trial waits again, or has failed where it was begun `max_attempts` times; whether this changed it.
 
         counts  False: a stop that was asked for, which is no fault of the trial
+        lease   only where it is still this one: of those who see a process dead one gives its trial back
         """
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
-        trial = self.trial(number)
-        attempts = int(trial.user_attrs.get("attempts", 0))
-        if trial.state is not TrialState.RUNNING:
-            return
-        if counts and attempts >= self.terms.max_attempts:
-            self.failed(number, f"begun {attempts} times and never ended; at last {reason}", "")
-            return
-        try:
-            if not counts:
-                self.storage.set_trial_user_attr(trial._trial_id, "attempts", max(0, attempts - 1))
-            self.storage.set_trial_user_attr(trial._trial_id, "interrupted", cut(reason, LONGEST_REASON))
-            # whoever takes it next writes a lease of its own, and is not to be seen with that of the dead before
-            self.storage.set_trial_user_attr(trial._trial_id, "lease", None)
-            self.storage.set_trial_state_values(trial._trial_id, state=TrialState.WAITING)
-        except UpdateFinishedTrialError:
-            pass  # it ended after all
+        with self.terms.storage.exclusively():
+            trial = self.trial(number)
+            attempts = int(trial.user_attrs.get("attempts", 0))
+            if trial.state is not TrialState.RUNNING or lease not in (ANY, trial.user_attrs.get("lease")):
+                return False
+            if counts and attempts >= self.terms.max_attempts:
+                self.failed(number, f"begun {attempts} times and never ended; at last {reason}", "")
+                return True
+            try:
+                if not counts:
+                    self.storage.set_trial_user_attr(trial._trial_id, "attempts", max(0, attempts - 1))
+                self.storage.set_trial_user_attr(trial._trial_id, "interrupted", cut(reason, LONGEST_REASON))
+                # whoever takes it next writes a lease of its own, and is not to be seen with that of the dead before
+                self.storage.set_trial_user_attr(trial._trial_id, "lease", None)
+                self.storage.set_trial_state_values(trial._trial_id, state=TrialState.WAITING)
+            except UpdateFinishedTrialError:
+                return False  # it ended after all
+        return True
 
     def note_folder(self, number: int, folder: str) -> None:
         """Keep where a trial's run is to lie."""
@@ -325,7 +355,10 @@ class TrialStore:
             study.enqueue_trial(trial.params, user_attrs={"retry_of": number, "retry": count})
 
     def _keep_metrics(self, trial_id: int, returned: Mapping[str, Any]) -> None:
-        """Keep what a task returned beside its objectives, and how far each constraint is overstepped."""
+        """Keep what a task returned beside its objectives, and how far each constraint is overstepped.
+
+        A metric that is absent or no number oversteps its bound without end: the trial is not feasible.
+        """
         import optuna
 
         told = {str(key): float(value) for key, value in returned.items() if isinstance(value, int | float)}
@@ -333,7 +366,8 @@ class TrialStore:
         trial = optuna.trial.Trial(self.study(), trial_id) if self.terms.constraints else None
         for name, bound in self.terms.constraints.items():
             if trial is not None:
-                trial.set_constraint(name, told.get(name, math.inf) - bound)
+                overstepped = told.get(name, math.inf) - bound
+                trial.set_constraint(name, math.inf if math.isnan(overstepped) else overstepped)
 
 
 def _suggest(trial: "Trial", parameter: Parameter) -> Any:

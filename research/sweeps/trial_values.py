@@ -11,6 +11,8 @@ from research.sweeps.sweep_terms import SweepTerms
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+NO_NUMBER = "expected a number for each objective"
+
 
 def values_of(terms: SweepTerms, returned: Any) -> list[float]:
     """The objectives' values in what a task returned. Raises ConfigError where there are others, or none."""
@@ -29,10 +31,19 @@ def values_of(terms: SweepTerms, returned: Any) -> list[float]:
     try:
         numbers = [float(value) for value in values]
     except (TypeError, ValueError):
-        raise ConfigError(f"the task returned {short(returned)}; expected a number for each objective") from None
+        raise ConfigError(f"the task returned {short(returned)}; {NO_NUMBER}") from None
     if not all(map(math.isfinite, numbers)):
         raise ConfigError(f"the task returned {numbers}, which is not finite")
     return numbers
+
+
+def refuse_test_monitor(cfg: Any, objectives: Sequence[str]) -> None:
+    """Raise ConfigError where `monitor`, by which a sweep without named objectives selects, is a metric of test."""
+    if not objectives and str(cfg.monitor).startswith("test"):
+        raise ConfigError(
+            f"monitor is {cfg.monitor}, by which the sweep would select, and the test split is reported once; give a "
+            "metric of validation, such as monitor=val/errors"
+        )
 
 
 def dominated_share(terms: SweepTerms, best: "Sequence[FrozenTrial]") -> float | None:

@@ -20,11 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from research.loops.signals import handled
 from research.results.record import git_revision
+from research.sweeps.gpus import GpuShare
 from research.sweeps.owners import this_process
 from research.sweeps.search_space import SearchSpace
 from research.sweeps.sweep_plan import SweepLimits
 from research.sweeps.trial_context import TrialContext
-from research.sweeps.trial_runs import TrialFailed, TrialRuns, plain_returned
+from research.sweeps.trial_runs import TrialFailed, TrialRuns, plain_returned, refuse_in_a_rank
 from research.sweeps.trial_store import TrialStore
 from research.sweeps.trial_values import trace_of, values_of
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 log = logging.getLogger(__name__)
+AWAY_S = 1.0  # between two attempts to reach a storage
 
 
 @dataclass
@@ -40,7 +42,7 @@ class TrialWork:
 
     fixed   overrides that every trial has
     order   keys of the command line's overrides: a trial's own stand in the same order
-    gpus    one of these for every worker: the values of CUDA_VISIBLE_DEVICES; empty: as it is
+    gpus    dealt out to the workers
     """
 
     store: TrialStore
@@ -49,7 +51,7 @@ class TrialWork:
     sweep_dir: str
     fixed: tuple[str, ...] = ()
     order: tuple[str, ...] = ()
-    gpus: tuple[str, ...] = ()
+    gpus: GpuShare = field(default_factory=GpuShare)
     leaving: bool = False  # this process's job has been preempted: it takes no further trial
 
     def prepare(self, trial: "Trial") -> list[str]:
@@ -106,8 +108,12 @@ class TrialWork:
                 if isinstance(error, SystemExit):  # it ends the trial, not the sweep
                     raise TrialFailed.of(reason_of(error), trace_of(error)) from error
                 raise
-            self._spent(trial, started)
-            self.store.complete(number, result)
+            try:
+                self._spent(trial, started)
+                self.store.complete(number, result)
+            except (TypeError, ValueError) as error:  # of what was told, not of a storage that is away
+                self.store.failed(number, f"its result cannot be told: {reason_of(error)}", trace_of(error))
+                raise
         leave_out_start_up()
         return returned
 
@@ -178,9 +184,10 @@ class BatchTask:
     controller: dict[str, Any] = field(default_factory=this_process)
 
     def __call__(self, cfg: DictConfig) -> Any:
+        refuse_in_a_rank(is_job=True)
         hydra = HydraConfig.get()
         number = int(hydra.job.num)
-        pin_gpu(self.work.gpus, number)
+        self.work.gpus.pin(number)
         if not self.work.store.holds(number, self.controller):
             raise TakenElsewhere(f"trial {number} has ended or is another process's: this job has nothing to do")
         folder = str(hydra.runtime.output_dir)
@@ -196,7 +203,10 @@ class BatchTask:
 
 @dataclass
 class WorkerTask:
-    """The task of a launcher in worker mode: take, run, tell, until no trial waits or a limit is reached."""
+    """The task of a launcher in worker mode: take, run, tell, until no trial waits or a limit is reached.
+
+    seed   of the sweep: every worker draws with one of its own, but for a sequence that all go along
+    """
 
     work: TrialWork
     limits: SweepLimits
@@ -206,23 +216,59 @@ class WorkerTask:
     done: list[int] = field(default_factory=list)
 
     def __call__(self, cfg: DictConfig) -> list[int]:
+        refuse_in_a_rank(is_job=True)
         index = int(HydraConfig.get().job.num)
-        pin_gpu(self.work.gpus, index)
+        self.work.gpus.pin(index)
         store, seed = self.work.store, worker_seed(self.seed, index, os.getpid())
         while self.limits.reason(store, self.started) is None:
             store.give_back_stale()
             is_met = self.target is not None and store.counts().under_way >= self.target
-            trial = None if is_met else store.take(self.work.space, seed)
+            try:
+                trial = None if is_met else store.take(self.work.space, seed, self.seed)
+            except Exception as error:
+                self._let_go(error, fails=False)
+                raise
             if trial is None:
                 break
             try:
-                self.work.work_on(trial.number, self.work.prepare(trial))
+                self._work_on(trial)
             except Exception as error:  # told already; the next trial may be better
                 if self.work.leaving:
                     raise
                 log.info("trial %s: %s", trial.number, error)
             self.done.append(trial.number)
         return self.done
+
+    def _work_on(self, trial: "Trial") -> None:
+        """Run a taken trial; whatever is raised, it is not left running under a process that works on it no more."""
+        is_begun = False
+        try:
+            overrides = self.work.prepare(trial)
+            is_begun = True
+            self.work.work_on(trial.number, overrides)
+        except Exception as error:
+            self._let_go(error, fails=not is_begun)
+            raise
+
+    def _let_go(self, error: Exception, *, fails: bool) -> None:
+        """Let trials that run by this process's name alone wait again, or fail them; waits for a storage that is away.
+
+        Raises the storage's error where that is out of reach for `stale_s`.
+        """
+        store, deadline = self.work.store, time.monotonic() + self.work.store.terms.stale_s
+        while True:
+            try:
+                for number in store.running_here():
+                    if fails:
+                        store.failed(number, reason_of(error), trace_of(error))
+                    else:
+                        store.interrupted(number, f"its end could not be told: {reason_of(error)}")
+                return
+            except Exception as away:
+                if time.monotonic() > deadline:
+                    raise
+                log.warning("the storage is out of reach (%s: %s); trying again", type(away).__name__, away)
+                time.sleep(AWAY_S)
 
 
 def in_order(overrides: Sequence[str], order: Sequence[str]) -> list[str]:
@@ -252,12 +298,6 @@ def leave_out_start_up() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-def pin_gpu(gpus: tuple[str, ...], index: int) -> None:
-    """Let this process, and what it starts, see one GPU: the one for the worker with this index."""
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
 
 
 def worker_seed(seed: int | None, *parts: int) -> int | None:

@@ -1,6 +1,7 @@
 """The sweeper through its own command, in processes of their own: kills, states, workers, seeds, ranks, refusals."""
 
 import csv
+import importlib.metadata
 import os
 import random
 import signal
@@ -173,6 +174,8 @@ def test_the_same_command_goes_on_to_more_trials(sweep: Callable[..., Sweep]) ->
     search = sweep("x=interval(-5,5)", "kind=a,b")
     search.run("hydra.sweeper.n_trials=3")
     before = search.rows()
+    told = yaml.safe_load((search.folder / "sweep.yaml").read_text())
+    assert told["versions"]["optuna"] == importlib.metadata.version("optuna")
     stamps = {path: path.stat().st_mtime_ns for path in search.folder.glob("[0-9]*/ran.txt")}
     search.run("hydra.sweeper.n_trials=3")
     assert search.rows() == before, "nothing was left to do"
@@ -201,10 +204,22 @@ def test_every_end_of_a_trial_is_told_with_its_reason(sweep: Callable[..., Sweep
     assert rows["raise"]["folder"] == str(search.folder / rows["raise"]["number"])
 
 
+def test_a_sweep_that_completed_nothing_has_failed(sweep: Callable[..., Sweep]) -> None:
+    """With its report, and with the reason of the first failure; one value is enough for success."""
+    search = sweep("x=interval(0,1)", "hydra.sweeper.n_trials=2")
+    out = " ".join(search.run("fail=raise").split())
+    assert search.code == 1 and "no trial of the sweep 'sweep' was completed (2 failed)" in out, out
+    assert f"Trial 0 ended with: RuntimeError: boom; see {search.folder}/0" in out
+    assert [row["state"] for row in search.rows()] == ["failed"] * 2
+    search.run("hydra.sweeper.n_trials=3", "hydra.sweeper.on_change=allow")
+    assert search.code == 0 and [row["state"] for row in search.rows()] == ["failed", "failed", "complete"]
+
+
 def test_too_many_failures_end_the_sweep(sweep: Callable[..., Sweep]) -> None:
     search = sweep("x=interval(0,1)", "fail=raise", "hydra.sweeper.n_trials=9", "hydra.sweeper.max_failures=2")
     out = search.run()
     assert search.code != 0 and "3 of 3 trials failed (max_failures=2)" in out and "boom" in out
+    assert "a greater hydra.sweeper.max_failures" in " ".join(out.split()), "those that failed still count"
     assert [row["state"] for row in search.rows()] == ["failed"] * 3 + ["waiting"] * 6
 
 
@@ -404,6 +419,20 @@ def test_a_refused_command_leaves_the_report_as_it_was(sweep: Callable[..., Swee
     assert {path.name: path.read_bytes() for path in search.folder.glob("*.*") if path.name in before} == before
 
 
+def test_workers_do_not_wait_for_a_long_trial(sweep: Callable[..., Sweep]) -> None:
+    """The first trial ends only after all others have: behind a barrier they would not have begun."""
+    points = [f"{{x: {x}, others: {5 if x == 0 else 0}}}" for x in range(6)]
+    search = sweep(
+        "x=range(0,6)", "others=0,5", f"hydra.sweeper.enqueue=[{','.join(points)}]", "hydra.sweeper.n_trials=6",
+        "hydra.sweeper.mode=workers", *JOBLIB,
+    )  # fmt: skip
+    out = search.run()
+    rows = search.rows()
+    assert [row["state"] for row in rows] == ["complete"] * 6, out
+    processes = [(search.folder / row["number"] / "ran.txt").read_text().split()[0] for row in rows]
+    assert processes[0] not in processes[1:] and len(set(processes[1:])) == 1, "one had the long one, one all others"
+
+
 @SLOW
 def test_a_lowered_target_ends_the_sweep_there(sweep: Callable[..., Sweep]) -> None:
     search = sweep("x=range(0,6)", "kind=a,b", "hydra/sweeper/study_sampler=grid", "hydra.sweeper.fixed={kind: b}")
@@ -453,6 +482,35 @@ def test_any_application_with_any_ends(more: tuple[str, ...], tmp_path: Path) ->
     assert rows[1]["reason"] == "out of memory: MemoryError: no \\udcff"
     assert [(row["loss"], row["feasible"]) for row in rows[2:]] == [("2.5", "True")] * 2
     assert (search.folder / "2" / "seed_1" / "here.txt").read_text() == "x", "where the run's own folder is"
+
+
+MODULE_APP = """
+import hydra, os
+from hydra.core.hydra_config import HydraConfig
+@hydra.main(version_base="1.3", config_path=".", config_name="plain")
+def main(cfg):
+    open("here.txt", "w").write(HydraConfig.get().runtime.cwd)
+    return cfg.x
+main()
+"""
+
+
+@pytest.mark.parametrize("mode", ["batch", pytest.param("workers", marks=SLOW)])
+def test_a_module_runs_in_processes_of_its_own_from_its_jobs_folders(mode: str, tmp_path: Path) -> None:
+    """`python -m` looks in the folder where the command was given, and not in that of the job."""
+    package = tmp_path / "applied"
+    package.mkdir()
+    (package / "search.py").write_text(MODULE_APP)
+    (package / "plain.yaml").write_text("x: 1.0\n")
+    command = [
+        sys.executable, "-m", "applied.search", "-m", "hydra/sweeper=optuna_study", "hydra.sweep.dir=sweep", "x=1,2",
+        "hydra/sweeper/study_sampler=grid", "hydra.job.chdir=true", "hydra.sweeper.subprocess=true",
+        f"hydra.sweeper.mode={mode}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert [row["state"] for row in Sweep(tmp_path).rows()] == ["complete"] * 2, done.stderr
+    assert (tmp_path / "sweep" / "1" / "here.txt").read_text() == str(tmp_path)
 
 
 @SLOW

@@ -17,6 +17,7 @@ def main(cfg: DictConfig) -> Any:
     with (folder / "began.txt").open("a") as file:
         file.write(f"{os.getpid()}\n")
     time.sleep(cfg.sleep)
+    wait_for(int(cfg.others), folder.parent)
     if cfg.fail == "raise":
         raise RuntimeError("boom")
     if cfg.fail == "infinite":
@@ -31,6 +32,15 @@ def main(cfg: DictConfig) -> Any:
         file.write(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
     value = (cfg.x - 2) ** 2 + {"a": 0.0, "b": 1.0}.get(str(cfg.kind), 2.0) + 0.01 * cfg.seed
     return {"val/loss": value, "cost/seconds": cfg.x + 5, "text": "left out"} if cfg.mapping else value
+
+
+def wait_for(others: int, sweep: Path) -> None:
+    """Go on once so many other trials have come to their end; an error where they do not within two minutes."""
+    deadline = time.monotonic() + 120
+    while len(list(sweep.glob("[0-9]*/ran.txt"))) < others:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"fewer than {others} other trials have ended")
+        time.sleep(0.02)
 
 
 def train_on_ranks(cfg: DictConfig, folder: Path) -> None:

@@ -124,6 +124,8 @@ def test_a_range_excludes_its_stop_as_hydra_does() -> None:
         ("tag(sqrt,interval(1,2))", "sqrt"),
         ("choice(", "parse"),
         ("tag(log,range(1,9,2))", "log"),
+        ("tag(log,range(1.0,9.0))", r"give tag\(log, interval\(1.0, 8.0\)\)"),
+        ("tag(log,float(range(1,5)))", r"give tag\(log, interval\(1.0, 4.0\)\)"),
     ],
 )
 def test_a_search_that_is_none_is_refused_with_its_reason(text: Any, told: str) -> None:

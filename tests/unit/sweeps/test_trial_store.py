@@ -16,6 +16,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 from optuna.trial import TrialState
@@ -26,12 +27,14 @@ from research.sweeps.owners import Beats, is_alive, this_process
 from research.sweeps.search_space import SearchSpace
 from research.sweeps.space_parser import parse_space
 from research.sweeps.storages import FlockOnFile, StorageSpec, storage_spec
+from research.sweeps.sweep_plan import SweepLimits
+from research.sweeps.sweep_points import top_up
 from research.sweeps.sweep_report import trial_row
 from research.sweeps.sweep_study import claim_control, differences, open_study, refuse_foreign_runs
 from research.sweeps.sweep_terms import SweepTerms
 from research.sweeps.trial_runs import RunPlan, TrialRuns, _wait, plain_returned
 from research.sweeps.trial_store import TrialStore
-from research.sweeps.trial_work import TrialWork, portable
+from research.sweeps.trial_work import BatchTask, TrialWork, WorkerTask, portable
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 TPE = {"name": "tpe", "n_startup_trials": 10, "n_ei_candidates": 24, "multivariate": True, "constant_liar": True}
@@ -228,6 +231,75 @@ def test_a_sweep_draws_what_optuna_draws(sampler: dict[str, Any], tmp_path: Path
     assert store.best_trials()[0].number == direct.best_trial.number
 
 
+def test_workers_go_along_one_sequence_of_quasi_random_points(tmp_path: Path) -> None:
+    """Two processes with seeds of their own, which begin apart, draw together what one would have drawn."""
+    sampler = {"name": "qmc", "scramble": True, "warn_asynchronous_seeding": False}
+    direct = optuna.create_study(sampler=build_sampler(sampler, 7))
+    direct.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=9)
+    first = store_of(spec_of("journal", tmp_path), sampler=sampler)
+    first.add_tickets([None] * 9)
+    second, space = TrialStore(first.terms), space_of(x="interval(0.0,1.0)")
+    begun = [first.take(space, 11, 7), second.take(space, 12, 7)]
+    assert begun[0] is not None and begun[1] is not None and begun[0].params != begun[1].params
+    first.complete(0, 1.0)
+    for number in range(7):
+        assert (first, second)[number % 2].take(space, 0, 7) is not None
+    assert [t.params for t in first.trials()[1:]] == [t.params for t in direct.trials[1:]]
+
+
+def _draw_beside_others(spec: StorageSpec, sampler: dict[str, Any], searched: str, begin: Any) -> None:
+    store = TrialStore(SweepTerms(storage=spec, name="sweep", sampler=sampler))
+    begin.wait(60)
+    while store.take(space_of(x=searched), 1, 1) is not None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "searched", "first"), [("brute_force", "range(0,17)", 0), ("qmc", "interval(0.0,1.0)", 0.3)]
+)
+def test_processes_that_draw_at_once_draw_no_point_twice(
+    name: str, searched: str, first: float, tmp_path: Path
+) -> None:
+    """With the same seed even: each draws knowing what the others have drawn."""
+    sampler = {"name": name, **({"warn_asynchronous_seeding": False} if name == "qmc" else {})}
+    store = store_of(spec_of("journal", tmp_path), sampler={"name": "random"})
+    store.add_tickets([{"x": first}, *[None] * 16])
+    assert store.take(space_of(x=searched), 0) is not None
+    store.complete(0, 1.0)
+    context = multiprocessing.get_context("fork")
+    begin = context.Barrier(3)
+    given = (store.terms.storage, sampler, searched, begin)
+    workers = [context.Process(target=_draw_beside_others, args=given) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    drawn = [trial.params["x"] for trial in store.trials()]
+    assert len(drawn) == 17 and len(set(drawn)) == 17, drawn
+
+
+def _top_up_beside_others(spec: StorageSpec, begin: Any) -> None:
+    store = TrialStore(SweepTerms(storage=spec, name="sweep", sampler={"name": "grid"}))
+    store.study()
+    begin.wait(60)
+    top_up(store, space_of(x="range(0,30)"), 30, [])
+
+
+@pytest.mark.parametrize("kind", ["journal", "rdb"])
+def test_commands_that_top_up_a_grid_at_once_add_every_point_once(kind: str, tmp_path: Path) -> None:
+    """Were a point there twice, another would be missing when the surplus is taken back."""
+    store = store_of(spec_of(kind, tmp_path))
+    context = multiprocessing.get_context("fork")
+    begin = context.Barrier(3)
+    commands = [context.Process(target=_top_up_beside_others, args=(store.terms.storage, begin)) for _ in range(3)]
+    for command in commands:
+        command.start()
+    for command in commands:
+        command.join(120)
+    points = [trial.system_attrs["fixed_params"]["x"] for trial in store.trials()]
+    assert sorted(points) == list(range(30))
+
+
 def test_a_lease_whose_process_was_killed_is_stale_at_once(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     owner = {**this_process(), "pid": child.pid}
@@ -262,6 +334,56 @@ def test_a_job_that_is_started_again_runs_its_trial_if_nobody_else_does(store: T
     assert store.holds(0, elsewhere), "that process has died"
     store.complete(0, 1.0)
     assert not store.holds(0, this_process())
+
+
+def test_of_two_that_see_a_dead_process_one_gives_its_trial_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the other's looking and its writing the trial was given back, and taken, and runs."""
+    first = store_of(spec_of("journal", tmp_path))
+    second = TrialStore(first.terms)
+    first.add_tickets([None])
+    first.take(space_of(), 0)
+    dead = {**this_process(), "start": "another", "beat": 0}
+    first.storage.set_trial_user_attr(first.trial(0)._trial_id, "lease", dead)
+
+    def slow(number: int, lease: Any) -> bool:
+        assert first.give_back_stale() == [0] and first.take(space_of(), 0) is not None
+        return True
+
+    monkeypatch.setattr(second._beats, "is_stale", slow)
+    assert second.give_back_stale() == []
+    assert first.trial(0).state is TrialState.RUNNING and first.running_here() == [0]
+
+
+def _holds(spec: StorageSpec, controller: dict[str, Any], told: Any) -> None:
+    told.put(TrialStore(SweepTerms(storage=spec, name="sweep")).holds(0, controller))
+
+
+def test_of_two_jobs_for_one_trial_one_holds_it(tmp_path: Path) -> None:
+    """A job that was started again beside one that was thought to be lost."""
+    store = store_of(spec_of("journal", tmp_path))
+    store.add_tickets([None])
+    store.take(space_of(), 0)
+    controller = {"host": "elsewhere", "pid": 1, "start": "1"}
+    store.storage.set_trial_user_attr(store.trial(0)._trial_id, "lease", {**controller, "beat": 0})
+    assert store.holds(0, controller) and store.running_here() == [0]
+    context = multiprocessing.get_context("fork")
+    told: Any = context.Queue()
+    job = context.Process(target=_holds, args=(store.terms.storage, controller, told))
+    job.start()
+    assert told.get(timeout=60) is False
+    job.join(60)
+
+
+def test_a_kill_while_a_trial_is_taken_back_leaves_none_running(store: TrialStore) -> None:
+    store.add_tickets([None] * 2)
+    trial_id = store.trial(1)._trial_id
+    store.storage.set_trial_state_values(trial_id, state=TrialState.RUNNING)
+    store.storage.set_trial_user_attr(trial_id, "surplus", True)  # and dies here
+    assert store.give_back_stale() == []
+    assert [trial.state for trial in store.study().get_trials()] == [TrialState.WAITING, TrialState.FAIL]
+    assert store.counts().total == 1
 
 
 @pytest.mark.parametrize(
@@ -304,6 +426,94 @@ def test_a_result_that_cannot_be_told_fails_the_trial(store: TrialStore, tmp_pat
         work.work_on(0, [], lambda: OmegaConf.create({"loss": "${nowhere}"}))
     trial = store.trial(0)
     assert trial.state is TrialState.FAIL and "nowhere" in trial.user_attrs["reason"]
+
+
+def test_a_constraint_whose_metric_is_no_number_is_not_met(tmp_path: Path) -> None:
+    terms: dict[str, Any] = {"objectives": ("loss",), "constraints": {"cost": 10.0}}
+    store = store_of(spec_of("journal", tmp_path), **terms)
+    store.add_tickets([None] * 3)
+    for number, cost in enumerate((float("nan"), 3.0, float("inf"))):
+        store.take(space_of(), 0)
+        store.complete(number, {"loss": float(number), "cost": cost})
+    assert [trial.state for trial in store.trials()] == [TrialState.COMPLETE] * 3
+    assert store.trial(0).constraints == {"cost": float("inf")}
+    assert [trial.number for trial in store.best_trials()] == [1]
+
+
+def test_an_error_while_telling_leaves_no_trial_running(
+    store: TrialStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was told is at fault: the trial has failed, and says so."""
+    store.add_tickets([None])
+    assert store.take(space_of(), 0) is not None
+    work = TrialWork(store, space_of(), TrialRuns(cast(Any, None), cast(Any, None), RunPlan()), str(tmp_path))
+
+    def refuse(number: int, returned: Any) -> None:
+        raise ValueError("no such value")
+
+    monkeypatch.setattr(store, "complete", refuse)
+    with pytest.raises(ValueError, match="no such value"):
+        work.work_on(0, [], lambda: 1.0)
+    assert store.trial(0).state is TrialState.FAIL and "no such value" in store.trial(0).user_attrs["reason"]
+
+
+class Away(RuntimeError):
+    """As a database that cannot be reached."""
+
+
+@pytest.mark.parametrize("where", ["telling", "drawing", "preparing"])
+def test_a_worker_whose_storage_is_away_for_a_moment_keeps_no_trial(
+    where: str, store: TrialStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process may live on, as with the basic launcher: the trial would never be seen to be nobody's."""
+    store.add_tickets([None])
+    monkeypatch.setattr("research.sweeps.trial_work.AWAY_S", 0.01)
+    runs = TrialRuns(cast(Any, None), cast(Any, None), RunPlan())
+    monkeypatch.setattr(runs, "run", lambda context, **rest: 1.0)
+    work, left = TrialWork(store, space_of(), runs, str(tmp_path)), [3]
+
+    def away(*given: Any, **named: Any) -> Any:
+        raise Away("connection refused")
+
+    def flaky(*given: Any, **named: Any) -> Any:
+        left[0] -= 1
+        if left[0] > 0:
+            raise Away("connection refused")
+        return interrupted(*given, **named)
+
+    interrupted = store.interrupted
+    monkeypatch.setattr(store, "interrupted", flaky)
+    if where == "telling":
+        monkeypatch.setattr(store, "complete", away)
+    elif where == "drawing":
+        monkeypatch.setattr(SearchSpace, "draw", away)
+    else:
+        monkeypatch.setattr(work, "prepare", away)
+    worker = WorkerTask(work, SweepLimits(), time.time())
+    monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create({"job": {"num": 0}}))
+    if where == "drawing":
+        with pytest.raises(Away):
+            worker(cast(Any, None))
+        assert store.trial(0).state is TrialState.WAITING
+    else:
+        worker(cast(Any, None))
+        assert store.trial(0).state is TrialState.FAIL, "begun max_attempts=2 times, or never"
+    assert not store.running_here()
+
+
+@pytest.mark.parametrize("variable", ["SLURM_PROCID", "LOCAL_RANK"])
+def test_a_further_task_of_a_job_runs_no_trial(
+    variable: str, store: TrialStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a launcher with tasks_per_node=2 starts it: each task would be a worker."""
+    store.add_tickets([None])
+    work = TrialWork(store, space_of(), TrialRuns(cast(Any, None), cast(Any, None), RunPlan()), str(tmp_path))
+    monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create({"job": {"num": 0}}))
+    monkeypatch.setenv(variable, "1")
+    for task in (WorkerTask(work, SweepLimits(), time.time()), BatchTask(work, cast(Any, None))):
+        with pytest.raises(ConfigError, match=r"tasks_per_node=1.*subprocess=true"):
+            task(cast(Any, None))
+    assert store.counts().waiting == 1
 
 
 def test_a_trial_is_nine_writes_to_its_storage(tmp_path: Path) -> None:
@@ -369,16 +579,24 @@ def test_another_direction_or_a_foreign_study_is_refused(tmp_path: Path) -> None
     turned = TrialStore(SweepTerms(storage=spec, name="sweep", directions=("maximize",)))
     with pytest.raises(ConfigError, match="minimize"):
         open_study(turned, {"space": {}}, resume="auto", on_change="refuse")
-    optuna.create_study(storage=spec.open(), study_name="foreign")
+    optuna.create_study(storage=spec.open(), study_name="foreign").add_trial(optuna.trial.create_trial(value=1.0))
     foreign = TrialStore(SweepTerms(storage=spec, name="foreign"))
-    from research.sweeps import sweep_study
+    with pytest.raises(ConfigError, match="not made by this sweeper"):
+        open_study(foreign, {"space": {}}, resume="auto", on_change="refuse")
 
-    sweep_study.READY_S, before = 0.0, sweep_study.READY_S
-    try:
-        with pytest.raises(ConfigError, match="not made by this sweeper"):
-            open_study(foreign, {"space": {}}, resume="auto", on_change="refuse")
-    finally:
-        sweep_study.READY_S = before
+
+def test_a_study_whose_maker_died_before_its_terms_is_adopted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("research.sweeps.sweep_study.READY_S", 0.3)
+    spec, terms = spec_of("journal", tmp_path), {"space": {"x": 1}}
+    optuna.create_study(storage=spec.open(), study_name="sweep").set_metric_names(["loss"])  # and dies here
+    turned = TrialStore(SweepTerms(storage=spec, name="sweep", directions=("maximize",)))
+    with pytest.raises(ConfigError, match=r"goes \['minimize'\]"):
+        open_study(turned, terms, resume="auto", on_change="refuse")
+    store = TrialStore(SweepTerms(storage=spec, name="sweep", objectives=("loss",)))
+    assert open_study(store, terms, resume="auto", on_change="refuse") is False, "as if it had been made now"
+    assert open_study(store, terms, resume="auto", on_change="refuse") is True
+    with pytest.raises(ConfigError, match="another search"):
+        open_study(store, {"space": {"x": 2}}, resume="auto", on_change="refuse")
 
 
 def test_differences_name_what_is_gone_new_and_changed() -> None:
@@ -404,6 +622,32 @@ def test_one_controller_at_a_time(tmp_path: Path) -> None:
     silent = {"host": "elsewhere", "pid": 1, "start": "1", "beat": 0}
     store.storage.set_study_user_attr(study_id, "controller", silent)
     claim_control(store, 0.01)
+
+
+def _claim_beside_others(spec: StorageSpec, begin: Any, told: Any) -> None:
+    store = TrialStore(SweepTerms(storage=spec, name="sweep"))
+    store.study()
+    begin.wait(60)
+    try:
+        claim_control(store, 60.0)
+        told.put("controls")
+    except ConfigError:
+        told.put("refused")
+    begin.wait(60)  # who controls lives until all have looked
+
+
+@pytest.mark.parametrize("kind", ["journal", "rdb"])
+def test_of_commands_that_begin_at_once_one_controls(kind: str, tmp_path: Path) -> None:
+    store = store_of(spec_of(kind, tmp_path))
+    context = multiprocessing.get_context("fork")
+    begin, told = context.Barrier(4), context.Queue()
+    commands = [context.Process(target=_claim_beside_others, args=(store.terms.storage, begin, told)) for _ in range(4)]
+    for command in commands:
+        command.start()
+    found = sorted(told.get(timeout=60) for _ in commands)
+    for command in commands:
+        command.join(60)
+    assert found == ["controls", "refused", "refused", "refused"]
 
 
 def test_a_journal_torn_by_a_loss_of_power_is_mended(tmp_path: Path) -> None:
