@@ -145,7 +145,7 @@ else:
         )
         points[arm] = (summarise([row[study.metric] for row in found]).mean, own, own + teacher)
     lines = ["| method | sampled pass@1 | free, TFLOP | charged, TFLOP |", "|---|--:|--:|--:|"]
-    fronts = [pareto_front({arm: (point[0], point[at]) for arm, point in points.items()}) for at in (1, 2)]
+    fronts = [pareto_front({arm: (point[0], round(point[at], 2)) for arm, point in points.items()}) for at in (1, 2)]
     for arm, (score, free, charged) in points.items():
         stars = [" *" if arm in front else "" for front in fronts]
         lines.append(f"| {arm} | {score:.3f} | {free:.2f}{stars[0]} | {charged:.2f}{stars[1]} |")
