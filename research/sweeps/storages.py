@@ -63,14 +63,13 @@ class StorageSpec:
             yield
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FlockOnFile(path)
-        lock.acquire()
-        held.add(path)
-        try:
-            yield
-        finally:
-            held.discard(path)
-            lock.release()
+        with path.open("w") as file:  # its closing lets the next one in, whatever signal comes between
+            fcntl.flock(file, fcntl.LOCK_EX)
+            held.add(path)
+            try:
+                yield
+            finally:
+                held.discard(path)
 
     def _lock_path(self) -> Path | None:
         if self.name == "journal":  # Optuna's own lock of the journal is another file: it is taken inside
