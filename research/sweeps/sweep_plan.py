@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from research.errors import ConfigError
-from research.sweeps.trial_store import TrialStore
+from research.sweeps.trial_store import TrialStore, is_retried
 
 MODES = ("batch", "workers")
 
@@ -37,7 +37,7 @@ class SweepLimits:
         if not any((self.target, self.target == 0, self.patience, self.max_failures == 0, self.max_failures,
                     self.max_failure_rate is not None)):  # fmt: skip
             return None
-        trials = [trial for trial in store.trials() if trial.state.is_finished() and "retried" not in trial.user_attrs]
+        trials = [trial for trial in store.trials() if trial.state.is_finished() and not is_retried(trial)]
         self._check_failures([trial for trial in trials if trial.state is TrialState.FAIL], len(trials), store)
         values = [float(trial.values[0]) for trial in trials if trial.state is TrialState.COMPLETE]
         sign = -1.0 if store.terms.directions[0] == "maximize" else 1.0

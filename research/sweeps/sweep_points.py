@@ -54,6 +54,7 @@ def top_up(store: TrialStore, space: SearchSpace, target: int, given: Sequence[M
 
 
 def _top_up(store: TrialStore, space: SearchSpace, target: int, given: Sequence[Mapping[str, Any]]) -> None:
+    store.enqueue_lost_retries()
     missing = target - store.counts().total
     if missing < 0:
         store.take_back_surplus(target)

@@ -91,7 +91,7 @@ class TrialStore:
         }  # fmt: skip
         found = dict.fromkeys(names.values(), 0)
         for trial in self.trials():
-            if "retried" not in trial.user_attrs:
+            if not is_retried(trial):
                 found[names[trial.state]] += 1
         return Counts(**found)
 
@@ -137,7 +137,7 @@ class TrialStore:
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
-        counted = [trial for trial in self.trials() if "retried" not in trial.user_attrs]
+        counted = [trial for trial in self.trials() if not is_retried(trial)]
         for trial in counted[target:]:
             is_meant = added_by is None or trial.user_attrs.get("added_by") == added_by
             if trial.state is TrialState.WAITING and is_meant and "folder" not in trial.user_attrs:
@@ -348,11 +348,21 @@ class TrialStore:
         self.storage.set_trial_user_attr(trial._trial_id, "traceback", "\n".join(tail))
         if again:
             self.storage.set_trial_user_attr(trial._trial_id, "retried", True)
-        study = self.study()
-        study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+        self.study().tell(number, state=TrialState.FAIL, skip_if_finished=True)
         if again:
-            count = int(trial.user_attrs.get("retry", 0)) + 1
-            study.enqueue_trial(trial.params, user_attrs={"retry_of": number, "retry": count})
+            self._enqueue_retry(trial)
+
+    def _enqueue_retry(self, trial: "FrozenTrial") -> None:
+        count = int(trial.user_attrs.get("retry", 0)) + 1
+        self.study().enqueue_trial(trial.params, user_attrs={"retry_of": trial.number, "retry": count})
+
+    def enqueue_lost_retries(self) -> None:
+        """Add the retries of failed trials whose process died between telling the failure and adding them."""
+        trials = self.trials()
+        retries = {trial.user_attrs.get("retry_of") for trial in trials}
+        for trial in trials:
+            if is_retried(trial) and trial.number not in retries:
+                self._enqueue_retry(trial)
 
     def _keep_metrics(self, trial_id: int, returned: Mapping[str, Any]) -> None:
         """Keep what a task returned beside its objectives, and how far each constraint is overstepped.
@@ -368,6 +378,14 @@ class TrialStore:
             if trial is not None:
                 overstepped = told.get(name, math.inf) - bound
                 trial.set_constraint(name, math.inf if math.isnan(overstepped) else overstepped)
+
+
+def is_retried(trial: "FrozenTrial") -> bool:
+    """Whether a trial has failed and its point is another trial's by now: it counts no more.
+
+    One that was marked and never told has not failed: its process died, and it waits again.
+    """
+    return trial.state.name == "FAIL" and "retried" in trial.user_attrs
 
 
 def _suggest(trial: "Trial", parameter: Parameter) -> Any:

@@ -516,6 +516,32 @@ def test_a_further_task_of_a_job_runs_no_trial(
     assert store.counts().waiting == 1
 
 
+def test_a_kill_in_the_midst_of_a_retry_loses_no_point_and_counts_none_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the failure was told: the trial waits again and counts. After it: the retry is added later."""
+    store = store_of(spec_of("journal", tmp_path), retries=1)
+    space = space_of(x=[1, 2])
+    store.add_tickets([{"x": 1}, {"x": 2}])
+    first, second = store.take(space, 0), store.take(space, 0)
+    assert first is not None and second is not None
+    with monkeypatch.context() as killed:
+        killed.setattr(optuna.Study, "tell", lambda *_, **__: None)
+        killed.setattr(TrialStore, "_enqueue_retry", lambda *_: None)
+        store.failed(0, "boom", "")
+    assert store.trial(0).state is TrialState.RUNNING and store.trial(0).user_attrs["retried"]
+    assert store.interrupted(0, "its process died") and store.counts().total == 2, "it waits and counts"
+    with monkeypatch.context() as killed:
+        killed.setattr(TrialStore, "_enqueue_retry", lambda *_: None)
+        store.failed(1, "boom", "")
+    assert store.counts().total == 1, "its retry is not there"
+    top_up(store, space, 2, [])
+    (retry,) = (trial for trial in store.trials() if trial.user_attrs.get("retry_of") == 1)
+    assert retry.system_attrs["fixed_params"] == second.params and store.counts().total == 2
+    top_up(store, space, 2, [])
+    assert len(store.trials()) == 3, "and it is added once"
+
+
 def test_a_trial_is_nine_writes_to_its_storage(tmp_path: Path) -> None:
     """Each waits for the disk or a database: taken, lease, value, overrides, folder, attempt, begun, seconds, told."""
     store = store_of(spec_of("journal", tmp_path))
