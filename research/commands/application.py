@@ -87,6 +87,7 @@ def _run(command: str, task: Task, arguments: list[str], conf_dir: Path, *, keep
             hydra.main(version_base="1.3", config_path=str(conf_dir), config_name=command)(job)()
     finally:
         sys.argv = script
+        set_application_program(())  # another application of this process is not this one
         if printed:
             print(mask_printed(printed.getvalue()), end="")
     if failures:

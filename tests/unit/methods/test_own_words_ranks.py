@@ -31,7 +31,8 @@ def ends(words: Any, name: str, folder: Path, **ranks: Any) -> dict[str, Any]:
     """A run of six steps, and one that is saved after three and gone on with in another trainer."""
     told: dict[str, Any] = {}
     for part, steps, ckpt_path in (("whole", STEPS, None), ("first", STOPPED, None), ("rest", STEPS, folder / name)):
-        data = words.make_data(num_train=12, num_prompts=8, num_stored=4, steps_per_rollout=2, num_val=5, seed=1)
+        stored = 0 if name == "policy_gradient" else 4
+        data = words.make_data(num_train=12, num_prompts=8, num_stored=stored, steps_per_rollout=2, num_val=5, seed=1)
         method, watch = make(words, name, data), words.Watch()
         answers = ValidationAnswers(data, num_problems=5, num_samples=3, max_new_tokens=8, seed=0)
         keep = ModelCheckpoint(dirpath=folder / f"{name}_{part}", monitor="val/errors", mode="min")

@@ -70,7 +70,8 @@ def make(words: Any, name: str) -> Any:
 
 
 def run(words: Any, name: str, callbacks: list[Any], seed: int, ckpt_path: Path | None = None) -> tuple[Any, Any]:
-    data = words.make_data(num_train=10, num_prompts=4, steps_per_rollout=2, num_stored=3, seed=4)
+    stored = 0 if name == "policy_gradient" else 3
+    data = words.make_data(num_train=10, num_prompts=4, steps_per_rollout=2, num_stored=stored, seed=4)
     method, watch = make(words, name), words.Watch()
     trainer = words.make_trainer(
         max_steps=-1, max_epochs=EPOCHS, accumulate_grad_batches=MICRO_BATCHES, enable_checkpointing=True,
