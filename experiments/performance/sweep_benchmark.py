@@ -116,7 +116,7 @@ def overhead(is_quick: bool) -> dict[str, Any]:
     compose its config, to build, train, evaluate and tell.
     """
     found = {}
-    for epochs, trials in ((1, 3), (2, 3)) if is_quick else ((5, 9), (20, 9), (60, 9), (240, 6)):
+    for epochs, trials in ((1, 3), (2, 3)) if is_quick else ((5, 9), (20, 9), (60, 9), (320, 6)):
         with tempfile.TemporaryDirectory() as name:
             cpu_seconds(["train", "-m", "hydra/sweeper=optuna_study", *RUN, f"trainer.max_epochs={epochs}", SEARCH,
                          f"hydra.sweeper.n_trials={trials}", f"hydra.sweep.dir={name}"])  # fmt: skip
@@ -248,7 +248,7 @@ def table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-PRERELEASE, SHORT_S = "RESEARCH_HYDRA14_PYTHON", 5.0
+PRERELEASE, SHORT_S = "RESEARCH_HYDRA14_PYTHON", 4.0
 PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
     "processes": processes, "peer": peer, "overhead": overhead, "pruning": pruning,
 }  # fmt: skip
