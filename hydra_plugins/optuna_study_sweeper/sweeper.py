@@ -26,7 +26,7 @@ class OptunaStudySweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Sweep over what the overrides and `hydra.sweeper.params` search; returns Hydra's job returns by launch.
 
-        Raises ConfigError, after the report, where trials ended and none was completed.
+        Raises, after the report, where trials ended and none was completed: ConfigError, or an application's own error.
         """
         from research.sweeps.sweep_command import refuse_fruitless, sweep
         from research.sweeps.sweep_options import normalised
@@ -34,7 +34,7 @@ class OptunaStudySweeper(Sweeper):
         assert self.config is not None and self.hydra_context is not None and self.task_function is not None
         options = normalised(self.options)
         returns, store = sweep(options, arguments, self.hydra_context, self.task_function, self.config, self._launcher)
-        refuse_fruitless(store)
+        refuse_fruitless(store, returns)
         return returns
 
     def _launcher(self, task: TaskFunction, config: DictConfig) -> Any:

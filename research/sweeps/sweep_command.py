@@ -35,7 +35,7 @@ from research.sweeps.trial_context import Check, application_check, application_
 from research.sweeps.trial_runs import TrialRuns, refuse_in_a_rank
 from research.sweeps.trial_store import TrialStore
 from research.sweeps.trial_values import NO_NUMBER
-from research.sweeps.trial_work import TrialWork, key_of
+from research.sweeps.trial_work import TrialWork, errors_of, key_of
 
 log = logging.getLogger(__name__)
 
@@ -111,10 +111,13 @@ def sweep(
             _report(work.store, sweep_dir, composer(loader, str(config.hydra.job.config_name), own), is_shown)
 
 
-def refuse_fruitless(store: TrialStore) -> None:
+def refuse_fruitless(store: TrialStore, returns: Sequence[Any] = ()) -> None:
     """Raise ConfigError, with the first failure's reason and folder, where trials ended and none of them completed.
 
-    A grid of an application whose task returns no number at all is a plain multirun, not a search without a result.
+    An application that told nothing of itself has its own first error raised, as from Hydra's other sweepers. Its grid,
+    if its task returns no number at all, is a plain multirun, not a search without a result.
+
+    returns  what the launches returned
     """
     counts = store.counts()
     if not counts.finished or counts.complete:
@@ -126,10 +129,15 @@ def refuse_fruitless(store: TrialStore) -> None:
         return
     first = (failed or ended)[0]
     reason = str(first.user_attrs.get("reason") or "no reason").rstrip(".")
-    raise ConfigError(
+    text = (
         f"no trial of the sweep {store.terms.name!r} was completed ({told(counts)}). Trial {first.number} ended with: "
         f"{reason}; see {first.user_attrs.get('folder')}"
     )
+    own = next((error for launch in returns for error in errors_of(launch)), None)
+    if failed and own is not None and not application_program():
+        log.error(text)
+        raise own
+    raise ConfigError(text)
 
 
 def composer(loader: Any, config_name: str, own: Sequence[str] = ()) -> Compose:

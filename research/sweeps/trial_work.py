@@ -369,6 +369,14 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ in names or reason_of(error).startswith(names)
 
 
+def errors_of(returns: Any) -> list[Exception]:
+    """The errors of a launch's failed jobs; none of what workers return, who have told theirs."""
+    from hydra.core.utils import JobReturn, JobStatus
+
+    jobs = [job for job in returns if isinstance(job, JobReturn) and job.status is JobStatus.FAILED]
+    return [job._return_value for job in jobs if isinstance(job._return_value, Exception)]
+
+
 def failed_jobs(returns: Any) -> Mapping[int, str]:
     """Position of each launched job that failed -> its error, read without Hydra printing the overrides.
 
