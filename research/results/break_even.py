@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from research.results.bootstrap import effective_df, percentile_interval, ratio_draws, seed_weights, unbiased_weights
-from research.results.curves import AGAINST, CurveRow
+from research.results.curves import AGAINST, CurveRow, points_of
 from research.results.fields import StudyError
 
 Curves = Mapping[int, Sequence[CurveRow]]
@@ -76,9 +76,8 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> set[str]:
 
 
 def measured(rows: Sequence[CurveRow], metric: str, against: str) -> list[tuple[float, float]]:
-    """(cost, metric) wherever both were measured, by cost. Raises StudyError where they never were."""
-    pairs = [(row.get(AGAINST[against]), row.get(metric)) for row in rows]
-    found = sorted((cost, value) for cost, value in pairs if cost is not None and value is not None)
+    """``points_of`` a run's curve. Raises StudyError where there are none."""
+    found = points_of(rows, AGAINST[against], metric)
     if not found:
         raise StudyError(f"break_even: {metric} was never measured against {against}")
     return found

@@ -221,16 +221,12 @@ def _read_share(spec: ComparisonSpec, operands: list[Operand], draws: list[np.nd
 def _read_gain_ratio(spec: ComparisonSpec, operands: list[Operand], draws: list[np.ndarray]) -> _Reading:
     """(treatment - start) / (baseline - start), of the means; above 1 the treatment has gained more.
 
-    Of arms that spent equal budgets it is the ratio of what they gained per FLOP. The test is on the treatment's gain
-    less ``threshold`` times the baseline's.
+    Of arms that spent equal budgets it is the ratio of what they gained per FLOP. It is a share of the baseline's gain,
+    which may be more than all of it.
     """
-    sign = -1.0 if spec.lower_is_better else 1.0
-    start, baseline, treatment = (sign * operand.values_S for operand in operands)
-    start_D, baseline_D, treatment_D = (sign * column for column in draws)
-    gain = float((baseline - start).mean())
-    low_D, high_D = ratio_draws(treatment_D - start_D, baseline_D - start_D)
-    contrast = (treatment - start) - spec.threshold * (baseline - start)
-    return _Reading(float((treatment - start).mean()) / gain if gain > 0 else None, low_D, high_D, contrast)
+    start, baseline, treatment = zip(operands, draws, strict=True)
+    ordered = (start, treatment, baseline)
+    return _read_share(spec, [operand for operand, _ in ordered], [draw for _, draw in ordered])
 
 
 def _read_ratio(spec: ComparisonSpec, operands: list[Operand], draws: list[np.ndarray]) -> _Reading:

@@ -108,7 +108,7 @@ def curve_plot(study: Study, spec: CurveSpec, groups: Mapping[str, Mapping[int, 
     lines: list[dict[str, Any]] = []
     unmeasured = []
     for label, by_seed in groups.items():
-        seeds = [points for rows in by_seed.values() if (points := _points(rows, column, spec.metric))]
+        seeds = [points for rows in by_seed.values() if (points := points_of(rows, column, spec.metric))]
         if seeds:
             lines.append({"label": f"{label} (n = {len(seeds)})", "seeds": seeds, "mean": _mean(seeds)})
         else:
@@ -135,7 +135,8 @@ def _measured(rows: Iterable[CurveRow]) -> set[str]:
     return {name for row in rows for name, value in row.items() if value is not None} - set(COST_COLUMNS)
 
 
-def _points(rows: Sequence[CurveRow], column: str, metric: str) -> list[tuple[float, float]]:
+def points_of(rows: Sequence[CurveRow], column: str, metric: str) -> list[tuple[float, float]]:
+    """(cost, metric) wherever both were measured and the metric is finite, by cost."""
     pairs = [(row.get(column), row.get(metric)) for row in rows]
     return sorted((x, y) for x, y in pairs if x is not None and y is not None and math.isfinite(y))
 
