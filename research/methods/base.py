@@ -24,7 +24,7 @@ from research.data.resume import rewind_to_last_step
 from research.errors import CheckpointError, ConfigError, NonFiniteLoss
 from research.generation.cost import GenerationCost
 from research.methods.budget import SCHEDULE_LENGTH, Budget, Spent, check_schedule, place_schedule
-from research.models.flops import flops_by_length, flops_per_row_of
+from research.models.flops import BatchFlops
 from research.models.weights import check_state, is_finite
 from research.records import Batch, LossSum, TeacherSignal, TokenBatch
 from research.teachers.base import AbstractTeacher
@@ -116,8 +116,7 @@ class AbstractMethod(L.LightningModule, ABC):
         self.kept_in_checkpoint: dict[str, Stateful] = {}
         self._step_flops = self._step_teacher_flops = 0.0
         self._step_tokens = self._step_teacher_tokens = 0
-        self._flops_of_shape: dict[tuple[int, ...], float] = {}
-        self._flops_of_length: Callable[[int], float] | None = None
+        self._flops = BatchFlops(self.student, backward=True)
 
     @property
     def teacher(self) -> AbstractTeacher | None:
@@ -216,7 +215,7 @@ class AbstractMethod(L.LightningModule, ABC):
             self._stop_non_finite(components, batch)
         trained = self.trained(batch)
         self._step_rows = trained.step_rows
-        self._step_flops += self._update_flops(trained)
+        self._step_flops += self._flops.of(trained)
         self._step_tokens += _num_tokens(trained)
         if self._is_logged_step():
             self._log_components("train", components, batch, loss=loss)
@@ -239,18 +238,6 @@ class AbstractMethod(L.LightningModule, ABC):
         self.teacher_rows += self._step_rows if self._teacher_was_asked else 0
         self.teacher_flops += self._step_teacher_flops * ranks
         self.teacher_tokens += self._step_teacher_tokens * ranks
-
-    def _update_flops(self, batch: Batch) -> float:
-        """FLOPs of one micro-batch's forward and backward pass, counted once for each shape of a row."""
-        inputs = batch.network_inputs()
-        if isinstance(batch, TokenBatch):
-            if self._flops_of_length is None:
-                self._flops_of_length = flops_by_length(self.student, inputs, backward=True)
-            return self._flops_of_length(int(batch.ids_BT.shape[1])) * int(batch.ids_BT.shape[0])
-        shape = tuple(inputs[0].shape[1:])
-        if shape not in self._flops_of_shape:
-            self._flops_of_shape[shape] = flops_per_row_of(self.student, inputs, backward=True)
-        return self._flops_of_shape[shape] * int(inputs[0].shape[0])
 
     def on_train_epoch_end(self) -> None:
         """Before the checkpoint of the epoch: a finite loss can have a gradient that is not."""

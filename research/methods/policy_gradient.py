@@ -1,7 +1,6 @@
 """Policy gradient with an answer key: GRPO and its de-biased form, the baseline for distillation."""
 
 import copy
-from collections.abc import Callable
 from itertools import compress
 from typing import Any
 
@@ -25,7 +24,7 @@ from research.methods.sampled_places import check_policy_sampling, check_reducti
 from research.methods.soft_target import check_weights
 from research.methods.token_validation import METRICS as TOKEN_METRICS
 from research.methods.token_validation import log_token_validation
-from research.models.flops import flops_by_length
+from research.models.flops import BatchFlops
 from research.models.weights import weights_sha256
 from research.records import Batch, PromptBatch, Sampling, TokenBatch
 from research.teachers.base import AbstractTeacher
@@ -108,7 +107,7 @@ class PolicyGradient(AbstractMethod):
         self._start_sha256 = None if start is None else weights_sha256(start)
         self._trained: TokenBatch | None = None
         self._kept_counts: tuple[int, StepCounts] = (-1, StepCounts(0, 0))
-        self._start_flops_of_length: Callable[[int], float] | None = None
+        self._start_flops = None if start is None else BatchFlops(start, backward=False)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -161,15 +160,9 @@ class PolicyGradient(AbstractMethod):
         with torch.no_grad():
             start_NV = logits_at(self._start_box[0], step.tokens, self._vocab_size)
             start_N = self._own_words.logprobs(start_NV, step)
-        self._step_flops += self._start_flops(step.tokens)
+        if self._start_flops is not None:
+            self._step_flops += self._start_flops.of(step.tokens)
         return kl_penalty(self.kl_estimator, logprob_N, start_N)
-
-    def _start_flops(self, tokens: TokenBatch) -> float:
-        if self._start_flops_of_length is None:
-            inputs = tokens.network_inputs()
-            self._start_flops_of_length = flops_by_length(self.student, inputs, backward=False)
-        rows, length = tokens.ids_BT.shape
-        return self._start_flops_of_length(int(length)) * int(rows)
 
     def _kept(self, reward_PG: Tensor) -> Tensor:
         """Which rollouts count in the mean, [R]: all of them, or those of groups that differ in their rewards."""

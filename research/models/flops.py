@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from research.records import Batch, TokenBatch
+
 COUNTED_ROWS = 2  # batch normalisation is content with two
 
 
@@ -54,6 +56,30 @@ def flops_by_length(module: nn.Module, inputs: Sequence[Tensor], *, backward: bo
         )
 
     return at
+
+
+class BatchFlops:
+    """FLOPs of a network over whole batches, padding included; what they cost to count is paid once for each shape.
+
+    backward  with the backward pass
+    """
+
+    def __init__(self, network: nn.Module, *, backward: bool) -> None:
+        self._network, self._backward = network, backward
+        self._of_shape: dict[tuple[int, ...], float] = {}
+        self._of_length: Callable[[int], float] | None = None
+
+    def of(self, batch: Batch) -> float:
+        """FLOPs of one batch."""
+        inputs = batch.network_inputs()
+        shape, rows = tuple(inputs[0].shape[1:]), int(inputs[0].shape[0])
+        if isinstance(batch, TokenBatch):
+            if self._of_length is None:
+                self._of_length = flops_by_length(self._network, inputs, backward=self._backward)
+            return self._of_length(shape[0]) * rows
+        if shape not in self._of_shape:
+            self._of_shape[shape] = flops_per_row_of(self._network, inputs, backward=self._backward)
+        return self._of_shape[shape] * rows
 
 
 def flops_of_inputs(module: nn.Module, inputs: tuple[Tensor, ...], *, backward: bool) -> float:

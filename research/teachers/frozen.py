@@ -1,6 +1,5 @@
 """A trained network as a teacher: in eval mode, without gradient, its weights checked against their hash."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,10 +7,10 @@ import torch
 from torch import nn
 
 from research.errors import ConfigError
-from research.models.flops import flops_by_length, flops_per_row, flops_per_row_of
+from research.models.flops import BatchFlops, flops_per_row
 from research.models.language import AbstractLanguageModel
 from research.models.weights import refuse_zero_weights, weights_sha256
-from research.records import Batch, DenseLogits, HiddenProjection, TokenBatch
+from research.records import Batch, DenseLogits, HiddenProjection
 from research.teachers.base import AbstractTeacher, TeacherIdentity
 
 
@@ -57,8 +56,7 @@ class FrozenTeacher(AbstractTeacher):
         self._network = loaded.network.eval().requires_grad_(False)
         self._input_shape = loaded.input_shape
         self.num_classes = loaded.num_classes
-        self._flops_of_shape: dict[tuple[int, ...], float] = {}
-        self._flops_of_length: Callable[[int], float] | None = None
+        self._flops = BatchFlops(self._network, backward=False)
         self.identity = TeacherIdentity(
             kind="frozen",
             sha256=weights_sha256(loaded.network),
@@ -98,15 +96,7 @@ class FrozenTeacher(AbstractTeacher):
         return flops_per_row(self._network, self._input_shape, backward=False)
 
     def flops_of(self, batch: Batch) -> float:
-        inputs = batch.network_inputs()
-        shape, rows = tuple(inputs[0].shape[1:]), int(inputs[0].shape[0])
-        if isinstance(batch, TokenBatch):
-            if self._flops_of_length is None:
-                self._flops_of_length = flops_by_length(self._network, inputs, backward=False)
-            return self._flops_of_length(shape[0]) * rows
-        if shape not in self._flops_of_shape:
-            self._flops_of_shape[shape] = flops_per_row_of(self._network, inputs, backward=False)
-        return self._flops_of_shape[shape] * rows
+        return self._flops.of(batch)
 
     def summary(self) -> dict[str, Any]:
         return {"parameters": sum(parameter.numel() for parameter in self._network.parameters())}

@@ -126,8 +126,7 @@ def words() -> Iterator[Any]:
     spec.loader.exec_module(module)
     with pytest.MonkeyPatch.context() as patched:
         counted = module.counted_once(flops_by_length)
-        patched.setattr("research.methods.base.flops_by_length", counted)
-        patched.setattr("research.teachers.frozen.flops_by_length", counted)
+        patched.setattr("research.models.flops.flops_by_length", counted)
         yield module
 
 
