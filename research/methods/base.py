@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -295,6 +297,27 @@ class AbstractMethod(L.LightningModule, ABC):
         if self.budget is not None:
             check_schedule(scheduler)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: Any = None,
+    ) -> None:
+        """Clipped as the trainer asks, a fused optimizer's gradients too: Lightning refuses those under bf16-mixed,
+        where no scaler has anything to undo. ConfigError under 16-mixed, where the fused step itself undoes the scale.
+        """
+        plugin = self.trainer.precision_plugin
+        if not gradient_clip_val or not isinstance(plugin, MixedPrecision):
+            return super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if plugin.scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise ConfigError(
+                f"trainer.precision={plugin.precision} and trainer.gradient_clip_val={gradient_clip_val:g} need an "
+                "optimizer that is not fused: its gradients are scaled until the step. Set optimizer.fused=false, or "
+                "trainer.precision=bf16-mixed"
+            )
+        algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+        Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """The next rate: after one more step or, of a run with a budget, where what is spent of it leads."""

@@ -307,3 +307,13 @@ def test_p46_two_ranks_take_the_steps_of_one(
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
     records = [read_record(tmp_path / f"on_{devices}" / "run.json") for devices in (1, 2)]
     assert records[1].metrics["val/nll"] == pytest.approx(records[0].metrics["val/nll"], rel=1e-5)
+
+
+def test_the_precision_of_a_gpu_trains_what_the_cpu_trains(distill: Distill, tmp_path: Path) -> None:
+    """trainer=gpu is bf16-mixed, with the bound on gradients and the fused optimizer that every text experiment has."""
+    losses = []
+    for precision in ("32-true", "bf16-mixed"):
+        done = distill("train", *SMOKE, f"trainer.precision={precision}", f"hydra.run.dir={precision}", cwd=tmp_path)
+        assert done.code == 0, done.err
+        losses.append(read_record(tmp_path / precision / "run.json").metrics["test/nll"])
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=2e-2)

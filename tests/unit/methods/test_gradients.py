@@ -6,15 +6,18 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from research.data.digits import Digits
+from research.errors import ConfigError
 from research.methods.base import AbstractMethod
 from research.methods.soft_target import LogitMatching, SoftTarget
 from research.records import ClassBatch
@@ -240,3 +243,28 @@ def test_p46_two_ranks_are_one_rank(kit: SimpleNamespace, tmp_path: Path) -> Non
     assert two["rows"] == method.rows_seen == 42
     assert two["metrics"]["val/errors"] == float(trainer.callback_metrics["val/errors"])
     assert two["metrics"]["val/nll"] == pytest.approx(float(trainer.callback_metrics["val/nll"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_clipped_step_is_as_long_as_the_bound(kit: SimpleNamespace, precision: str, fused: bool) -> None:
+    """Gradient descent at rate 1 whose gradients are longer than the bound: every step has the bound's length."""
+    method = kit.make_method("supervised", optimizer=partial(torch.optim.SGD, lr=1.0, fused=fused))
+    start = kit.flat(method.student)
+    kit.fit(method, ragged(), max_steps=1, precision=precision, gradient_clip_val=1e-2)
+    assert float((kit.flat(method.student) - start).norm()) == pytest.approx(1e-2, rel=1e-3)
+
+
+def test_clipping_by_value_bounds_every_entry_of_a_fused_step(kit: SimpleNamespace) -> None:
+    method = kit.make_method("supervised", optimizer=partial(torch.optim.SGD, lr=1.0, fused=True))
+    start = kit.flat(method.student)
+    options = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
+    kit.fit(method, ragged(), max_steps=1, precision="bf16-mixed", **options)
+    assert float((kit.flat(method.student) - start).abs().max()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_loss_scale_that_the_fused_step_undoes_is_refused_with_a_bound(kit: SimpleNamespace) -> None:
+    method = kit.make_method("supervised", optimizer=partial(torch.optim.SGD, lr=1.0, fused=True))
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(ConfigError, match=r"optimizer\.fused=false"):
+        kit.fit(method, ragged(), max_steps=1, plugins=[plugin], gradient_clip_val=1e-2)
