@@ -56,3 +56,14 @@ def rewind_to_last_step(checkpoint: dict[str, Any], micro_batches: int) -> int:
     for state in fit_loop["state_dict"].get("combined_loader", []):
         state["position"] -= unfinished
     return unfinished
+
+
+def forget_interrupted_batch(trainer: L.Trainer) -> None:
+    """Take back, in a resumed fit loop, the batch that was handed out and whose step never ended.
+
+    Lightning takes it back from the count within the epoch alone. The count over all epochs, by which validations come
+    with ``check_val_every_n_epoch=null``, would stay one ahead, and every later validation would come a step early.
+    Call it when training starts, when the loop knows how it was interrupted; of a run that begins it changes nothing.
+    """
+    total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    total.ready = total.started = total.processed

@@ -52,6 +52,6 @@ class PruningStop(Callback):
         if not self._has_reported:
             log.warning(
                 "the pruner was told nothing: the run ended at step %s, before its first validation; validate sooner "
-                "with a smaller trainer.check_val_every_n_epoch",
+                "with a smaller trainer.check_val_every_n_epoch or trainer.val_check_interval",
                 trainer.global_step,
             )

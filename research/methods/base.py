@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from research.data.resume import rewind_to_last_step
+from research.data.resume import forget_interrupted_batch, rewind_to_last_step
 from research.errors import CheckpointError, ConfigError, NonFiniteLoss
 from research.generation.cost import GenerationCost
 from research.methods.budget import SCHEDULE_LENGTH, Budget, Spent, check_schedule, place_schedule
@@ -372,6 +372,7 @@ class AbstractMethod(L.LightningModule, ABC):
 
     def on_train_start(self) -> None:
         """Go on with the random numbers of the interrupted run; nothing between here and the first step draws any."""
+        forget_interrupted_batch(self.trainer)
         if self._resumed_rng is not None:
             torch.set_rng_state(self._resumed_rng["cpu"].cpu())
             if "cuda" in self._resumed_rng and self.device.type == "cuda":

@@ -222,6 +222,38 @@ def test_steps_are_logged_under_their_own_numbers_after_a_resume(kit: SimpleName
     assert steps["resumed"].seen == steps["whole"].seen[2:]
 
 
+@pytest.mark.parametrize(
+    "interval", [{"val_check_interval": 3, "check_val_every_n_epoch": None}, {"val_check_interval": 0.4}]
+)
+@pytest.mark.parametrize("boom", [2, 3, 4, 6, 7, 9, 10])
+def test_p81_validations_within_an_epoch_come_where_they_came(
+    kit: SimpleNamespace, uninterrupted: Any, tmp_path: Path, boom: int, interval: dict[str, Any]
+) -> None:
+    """Every third batch over epochs' ends, and every second of an epoch's five; an error in the step of that number."""
+
+    class Validations(L.Callback):
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.steps.append(trainer.global_step)
+
+    def fitted(method: Interrupted, folder: Path, seed: int) -> list[int]:
+        seen, last = Validations(), folder / "last.ckpt"
+        callbacks = [*checkpoint_callbacks(folder, "val/errors", has_val=True), seen]
+        trainer = kit.make_trainer(max_epochs=EPOCHS, enable_checkpointing=True, callbacks=callbacks, **interval)
+        torch.manual_seed(seed)
+        fit(trainer, method, make_data(), StopOnInterrupt(), str(last) if last.exists() else None)
+        return seen.steps
+
+    whole = fitted(make(kit), tmp_path / "whole", 7)
+    cut, resumed = make(kit).arm(boom, KeyboardInterrupt()), make(kit)
+    seen = fitted(cut, tmp_path / "cut", 7)
+    seen += fitted(resumed, tmp_path / "cut", 99)
+    assert torch.equal(kit.flat(resumed.student), uninterrupted(1)) and resumed.rows_seen == ROWS
+    assert seen == whole == ([3, 6, 9] if "check_val_every_n_epoch" in interval else [2, 4, 7, 9])
+
+
 KILLED = f"""
 import os, signal, sys, warnings
 from pathlib import Path
