@@ -113,7 +113,8 @@ class _ChunkedValues(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output_N: Tensor) -> tuple[Tensor | None, ...]:
         factor_N = grad_output_N * (ctx.plan.scale / ctx.plan.temperature)
-        _, gradients = _passed(*ctx.saved_tensors, ctx.plan, factor_N)
+        hidden_ND, weight_VD, bias_V = ctx.saved_tensors
+        _, gradients = _passed(hidden_ND, weight_VD, bias_V, ctx.plan, factor_N)
         given = (
             None if gradient is None else gradient.to(tensor.dtype)
             for gradient, tensor in zip(gradients, ctx.saved_tensors, strict=True)
