@@ -25,7 +25,7 @@ class StudentForm:
 
     They come as hidden states and output head where the teacher's do (``teacher.signal=hidden``) or where
     ``chunk_rows`` is given, and are then never all written out; elsewhere they are. Values and gradients are the same
-    but for rounding.
+    but for rounding, and FLOPs are counted as if all logits were written out once: drawn tokens' are made twice.
 
     chunk_rows    most places whose logits exist at a time; None: as many as keep the products at their full rate
     float32_head_gradient   add the chunks' gradients of a half-precision head in float32, for 4 bytes per weight of it

@@ -115,6 +115,21 @@ def test_p15_sft_trace_takes_the_same_step(words: Any, name: str, packed_to: int
         assert told == pytest.approx(logged, rel=1e-5)
 
 
+@pytest.mark.parametrize("chunks", [{}, {"chunk_rows": CHUNK_ROWS}], ids=str)
+@pytest.mark.parametrize("name", ["divergence", "sampled_token"])
+def test_p60_mixed_precision_samples_the_policy_that_is_trained(words: Any, name: str, chunks: dict[str, Any]) -> None:
+    """bf16 products in sampler, its check and the loss alike: the step is float32's to three digits."""
+    data, found = words.make_data(), []
+    for precision, own in (("32-true", {}), ("bf16-mixed", chunks)):
+        student, teacher = (words.make_network(data, seed).float() for seed in (0, 1))
+        method = words.make_on_policy(data, words.make_teacher(data, teacher), student, objective=name, **own)
+        watch = words.Watch()
+        step = words.step_of(method, data, 2, precision=precision, log_every_n_steps=1, callbacks=[watch])
+        assert watch.logged[-1]["rollout/sampler_kl"] < 1e-6
+        found.append(words.flat(step))
+    assert float(torch.cosine_similarity(*found, dim=0)) > 0.99
+
+
 @pytest.mark.slow  # the C++ compiler
 def test_a_compiled_divergence_takes_the_same_step(words: Any) -> None:
     torch.compiler.reset()
