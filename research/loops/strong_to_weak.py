@@ -93,10 +93,15 @@ def overrides_of(phase: Phase, of_run: Sequence[str], init_from: str | None, ckp
     return [*kept, *phase.overrides, "loop=none", *places]
 
 
-def check_finished(record: RunRecord, overrides: Sequence[str], folder: Path) -> None:
-    """Raise CheckpointError where a finished phase was another run than this one would be, its place aside."""
+def check_finished(record: RunRecord, overrides: Sequence[str], folder: Path, *, is_first: bool) -> None:
+    """Raise CheckpointError where a finished phase was another run than this one would be, its place aside.
+
+    is_first  the first phase begins where the run says, and with another ``init_from`` it is another run; a later one
+              begins in the run's own folder, wherever that lies
+    """
+    aside = ("ckpt_path",) if is_first else PLACES
     found, wanted = (
-        [text for text in texts if key_of(text) not in PLACES] for texts in (record.overrides, list(overrides))
+        [text for text in texts if key_of(text) not in aside] for texts in (record.overrides, list(overrides))
     )
     if found != wanted:
         only = [f"{text} then" for text in found if text not in wanted]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from research.losses.divergences import divergence_weights
-from research.losses.linear_chunks import Objective, Plan, chunked_total
+from research.losses.linear_chunks import Objective, Plan, chunked_total, chunked_values
 from research.losses.linear_objectives import CrossEntropy, Divergence
 from research.losses.logprobs import check_temperature, working_dtype
 from research.losses.projection import first_classes, on_shared_classes, project
@@ -125,6 +125,36 @@ def linear_cross_entropy(
     objective = CrossEntropy(label_N, weight_N, label_smoothing)
     plan = _plan(student, objective, chunk_rows, float32_head_gradient)
     return LossSum(chunked_total(student, plan), count)
+
+
+def linear_logprobs(
+    student: HiddenProjection,
+    label_N: Tensor,
+    loss_mask_N: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    num_classes: int | None = None,
+    chunk_rows: int | None = None,
+    float32_head_gradient: bool = False,
+) -> Tensor:
+    """``log_softmax(project(student) / temperature)`` at one class of each position: natural logs, shaped as labels.
+
+    Each position answers for its own gradient, so a loss may weigh and clip them as it likes (policy gradients); their
+    logits are made a second time in the backward pass, and none are kept. Positions outside the mask get 0 and gradient
+    exactly 0, whatever they and their labels hold. For the rest see :func:`linear_divergence`.
+
+    Raises as ``cross_entropy`` does, and ValueError on a bad temperature or chunk_rows.
+    """
+    check_temperature(temperature)
+    student = student if num_classes is None else first_classes(student, num_classes)
+    check_labels(label_N, student.hidden_ND.shape[:-1])
+    mask_N, shape = _checked_mask(student, loss_mask_N), label_N.shape
+    student, label_N = _flat(student, mask_N), _flat_rows(label_N.long(), mask_N)
+    check_label_range(label_N, student.num_classes)
+    objective = CrossEntropy(label_N, None, label_smoothing=0.0)
+    plan = _plan(student, objective, chunk_rows, float32_head_gradient, temperature=temperature, scale=-1.0)
+    logprob_N = chunked_values(student, plan)
+    return logprob_N.reshape(shape) if mask_N is None else logprob_N.new_zeros(shape).masked_scatter(mask_N, logprob_N)
 
 
 def check_same_rows(student: HiddenProjection, signal: TeacherSignal) -> None:

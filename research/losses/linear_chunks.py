@@ -7,7 +7,7 @@ buffer a teacher given by its hidden states.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -55,8 +55,16 @@ class Plan:
 
 def chunked_total(student: HiddenProjection, plan: Plan) -> Tensor:
     """The sum over all positions ``[N, D]`` of the plan's loss, times its scale, differentiable in the student."""
-    hidden_ND, weight_VD, bias_V = in_one_precision(student)
-    return _ChunkedTotal.apply(hidden_ND, weight_VD, bias_V, plan)
+    return _ChunkedTotal.apply(*in_one_precision(student), plan)
+
+
+def chunked_values(student: HiddenProjection, plan: Plan) -> Tensor:
+    """The plan's loss of every position ``[N, D]``, times its scale, ``[N]``, differentiable in the student.
+
+    What each position counts is known in the backward pass alone, so the logits are made again there: one product more
+    than :func:`chunked_total`, and nothing is kept but the student's own tensors.
+    """
+    return _ChunkedValues.apply(*in_one_precision(student), plan)
 
 
 class _ChunkedTotal(torch.autograd.Function):
@@ -68,10 +76,10 @@ class _ChunkedTotal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, plan: Plan) -> Tensor:
-        total, ctx.gradients = _passed(hidden_ND, weight_VD, bias_V, plan)
+        value_N, ctx.gradients = _passed(hidden_ND, weight_VD, bias_V, plan)
         ctx.plan = plan
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
-        return total
+        return value_N.sum() * plan.scale
 
     @staticmethod
     @once_differentiable
@@ -88,10 +96,36 @@ class _ChunkedTotal(torch.autograd.Function):
         return (*given, None)
 
 
+class _ChunkedValues(torch.autograd.Function):
+    """Values without gradients in the forward pass; gradients, each position's times its own factor, in the backward.
+
+    The factor is multiplied in where the logits are, before the products: two positions never share one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, plan: Plan) -> Tensor:
+        value_N, _ = _passed(hidden_ND, weight_VD, bias_V, replace(plan, needs=(False, False, False)))
+        ctx.plan = plan
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
+        return value_N * plan.scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output_N: Tensor) -> tuple[Tensor | None, ...]:
+        factor_N = grad_output_N * (ctx.plan.scale / ctx.plan.temperature)
+        hidden_ND, weight_VD, bias_V = ctx.saved_tensors
+        _, gradients = _passed(hidden_ND, weight_VD, bias_V, ctx.plan, factor_N)
+        given = (
+            None if gradient is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(gradients, ctx.saved_tensors, strict=True)
+        )
+        return (*given, None)
+
+
 def _passed(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, plan: Plan
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, plan: Plan, factor_N: Tensor | None = None
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """One pass over all chunks: the scaled total and the gradients that are needed."""
+    """One pass over all chunks: the values, not scaled, and the gradients that are needed, times each row's factor."""
     with torch.autocast(hidden_ND.device.type, enabled=False), torch.no_grad():
         dtype = working_dtype(hidden_ND)
         rows, width = hidden_ND.shape[0], weight_VD.shape[0]
@@ -104,13 +138,16 @@ def _passed(
             logits_NV = product(hidden_ND[chunk], weight_VD, bias_V, logits_CV)
             block_of = chunk_of(chunk)
             for block in spans(len(logits_NV), block_rows(logits_NV)):
-                value_N[chunk][block] = _differentiated(logits_NV[block], block, block_of, plan)
+                factor_N1 = None if factor_N is None else factor_N[chunk][block].unsqueeze(-1)
+                value_N[chunk][block] = _differentiated(logits_NV[block], block, block_of, plan, factor_N1)
             gradients.add(chunk, logits_NV)
-        return value_N.sum() * plan.scale, gradients.all()
+        return value_N, gradients.all()
 
 
-def _differentiated(logits_NV: Tensor, block: slice, block_of: Block, plan: Plan) -> Tensor:
-    """The values of one block, whose logits are overwritten by the loss's gradient in them."""
+def _differentiated(
+    logits_NV: Tensor, block: slice, block_of: Block, plan: Plan, factor_N1: Tensor | None = None
+) -> Tensor:
+    """The values of one block, whose logits are overwritten by the loss's gradient in them, times each row's factor."""
     raw_NV = logits_NV.to(working_dtype(logits_NV))
     slope_NV = None
     if plan.softcap is not None:
@@ -119,6 +156,8 @@ def _differentiated(logits_NV: Tensor, block: slice, block_of: Block, plan: Plan
     value_N, gradient_NV = block_of(block, raw_NV if plan.temperature == 1 else raw_NV / plan.temperature)
     if slope_NV is not None:
         gradient_NV = gradient_NV * slope_NV
+    if factor_N1 is not None:
+        gradient_NV = gradient_NV * factor_N1
     if any(plan.needs):
         logits_NV.copy_(gradient_NV)
     return value_N
@@ -189,9 +228,14 @@ def block_rows(logits_NV: Tensor) -> int:
 
 def in_one_precision(projection: HiddenProjection, autocast: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states, head and bias as the product takes them: autocast's precision, or the wider of the two."""
-    hidden_ND, weight_VD, bias_V = projection.hidden_ND, projection.weight_VD, projection.bias_V
-    dtype = torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
-    device = hidden_ND.device.type
+    dtype, bias_V = product_dtype(projection, autocast), projection.bias_V
+    return projection.hidden_ND.to(dtype), projection.weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+
+
+def product_dtype(projection: HiddenProjection, autocast: bool = True) -> torch.dtype:
+    """The precision that logits are made in."""
+    dtype = torch.promote_types(projection.hidden_ND.dtype, projection.weight_VD.dtype)
+    device = projection.hidden_ND.device.type
     if autocast and torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    return hidden_ND.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        return torch.get_autocast_dtype(device)
+    return dtype

@@ -1,6 +1,7 @@
 """The soft-target loss: a divergence from whatever is known of the teacher, and its high-temperature limit."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ def soft_target(
     teacher_mixture_weight: float | None = None,
     skew_weight: float | None = None,
     loss_mask_N: Tensor | None = None,
+    chunk_rows: int | None = None,
+    float32_head_gradient: bool = False,
+    compiled: bool = False,
 ) -> LossSum:
     """``temperature ** 2 * divergence(student, teacher)`` at ``temperature``, in nats, summed over trained positions.
 
@@ -30,7 +34,8 @@ def soft_target(
     is compared over all V classes, a top-k one over K kept classes and a tail bucket.
 
     ``student`` is logits ``[..., V]``, or the hidden states and head that make them: then neither side's logits are
-    ever whole, see ``linear.linear_divergence``.
+    ever whole, see ``linear.linear_divergence``, which ``chunk_rows``, ``float32_head_gradient`` and ``compiled`` are
+    for; with logits they would change nothing and are refused.
 
     The gradient of a divergence in the logits falls as ``1 / temperature ** 2``; the factor keeps the balance with a
     hard-label term when the temperature changes (Hinton et al. 2015, section 2). ``scale_by_temperature_squared=False``
@@ -39,6 +44,9 @@ def soft_target(
     Raises ValueError on an unknown divergence, a weight too many or missing or out of range, a bad temperature, and
     student and signal that differ in class count or rows; TypeError on an unknown kind of signal.
     """
+    chunks: dict[str, Any] = {
+        "chunk_rows": chunk_rows, "float32_head_gradient": float32_head_gradient, "compiled": compiled
+    }  # fmt: skip
     options = {"temperature": temperature, "teacher_mixture_weight": teacher_mixture_weight, "skew_weight": skew_weight}
     if isinstance(student, HiddenProjection):
         return linear_divergence(
@@ -48,7 +56,10 @@ def soft_target(
             scale_by_temperature_squared=scale_by_temperature_squared,
             loss_mask_N=loss_mask_N,
             **options,  # type: ignore[arg-type]
+            **chunks,
         )
+    if any(value not in (None, False) for value in chunks.values()):
+        raise ValueError(f"{chunks}: these are for a student given by hidden states and head; leave them with logits")
     student_logits_NV = fill_masked_rows(student, loss_mask_N)
     signal = _fill_masked_signal(signal, loss_mask_N)
     per_position_N = signal_divergence(divergence, student_logits_NV, signal, **options)  # type: ignore[arg-type]

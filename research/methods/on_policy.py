@@ -6,19 +6,17 @@ import torch
 from torch import Tensor
 
 from research.errors import ConfigError
-from research.losses.linear import linear_cross_entropy
 from research.losses.policy import check_clip, clipped_surrogate, group_advantage, teacher_advantage
-from research.losses.soft_target import soft_target
-from research.losses.supervised import cross_entropy
 from research.methods.base import AbstractMethod, Component, Training
-from research.methods.completion_places import logits_at, mean_entropy, projection_at, signal_at, teacher_logprobs
+from research.methods.completion_places import signal_at
 from research.methods.own_words import OwnStep, OwnWords
 from research.methods.rollouts import StepCounts, stored_as_batch
 from research.methods.sampled_places import check_policy_sampling, check_reduction, component, denominator
-from research.methods.soft_target import check_temperature, check_weights
+from research.methods.soft_target import check_weights, checked_divergence
+from research.methods.student_form import Student, StudentForm
 from research.methods.token_validation import METRICS as TOKEN_METRICS
 from research.methods.token_validation import log_token_validation
-from research.records import Batch, DenseLogits, HiddenProjection, PromptBatch, Sampling, TeacherSignal, TokenBatch
+from research.records import Batch, PromptBatch, Sampling, TeacherSignal, TokenBatch
 from research.seeding import rng_for
 from research.teachers.base import AbstractTeacher
 
@@ -56,6 +54,7 @@ class OnPolicy(AbstractMethod):
     max_sampler_kl  nats per token by which the student may have left the policy that the rollouts were drawn from,
                   where ``data.steps_per_rollout`` is above 1; beyond it the run stops
     max_truncated_share, patience   see :class:`RolloutHealth`
+    chunk_rows, float32_head_gradient, compiled   see :class:`StudentForm`
 
     Raises ConfigError, naming the key, for options that cannot be, or that would change nothing.
     """
@@ -94,26 +93,39 @@ class OnPolicy(AbstractMethod):
         max_sampler_kl: float = 1.0,
         max_truncated_share: float = 0.98,
         patience: int = 50,
+        chunk_rows: int | None = None,
+        float32_head_gradient: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__(training, teacher)
         self.objective, self.temperature, self.teacher_top_k = objective, temperature, teacher_top_k
         self.soft_weight, self.hard_weight, self.reward_weight = soft_weight, hard_weight, reward_weight
         self.reduction, self.fixed_length = reduction, fixed_length
         self.on_policy_fraction = on_policy_fraction
-        self._divergence_options: dict[str, Any] = {
-            "divergence": divergence,
-            "temperature": temperature,
-            "teacher_mixture_weight": teacher_mixture_weight,
-            "skew_weight": skew_weight,
-            "scale_by_temperature_squared": scale_by_temperature_squared,
-        }
+        self._divergence_options = checked_divergence(
+            divergence=divergence,
+            temperature=temperature,
+            teacher_mixture_weight=teacher_mixture_weight,
+            skew_weight=skew_weight,
+            scale_by_temperature_squared=scale_by_temperature_squared,
+        )
         self._advantage_options: dict[str, Any] = {"credit": credit, "bound": advantage_bound}
         self._clip = {"clip_low": clip_low, "clip_high": clip_high}
         self._check_weights(num_samples, step_reward)
         self._check_losses()
         if self._needs_logprobs:
             check_policy_sampling(sampling_temperature, top_p)
+        always_sampled = objective == "sampled_token" and on_policy_fraction == 1
+        self._form = StudentForm(
+            training.student,
+            teacher,
+            chunk_rows=chunk_rows,
+            float32_head_gradient=float32_head_gradient,
+            compiled=compiled,
+            divergence=self._divergence_options if soft_weight and not always_sampled else None,
+        )
         self._own_words = OwnWords(
+            self._form,
             Sampling(num_samples, sampling_temperature, top_p, max_new_tokens),
             step_reward=step_reward,
             compares_rewards=reward_weight > 0,
@@ -161,11 +173,9 @@ class OnPolicy(AbstractMethod):
 
     def _check_losses(self) -> None:
         """Try every loss once: what no step could use is refused here."""
-        check_temperature(self.temperature)
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"method.objective is {self.objective!r}; expected one of {', '.join(OBJECTIVES)}")
-        uniform_NV, ones_BT = torch.zeros(1, 2), torch.ones(1, 1)
-        soft_target(uniform_NV, DenseLogits(uniform_NV), **self._divergence_options)
+        ones_BT = torch.ones(1, 1)
         teacher_advantage(ones_BT, ones_BT, ones_BT > 0, **self._advantage_options)
         check_clip(**self._clip)
         samples_alone = self._needs_logprobs and not (self.objective == "divergence" and self.soft_weight)
@@ -224,7 +234,7 @@ class OnPolicy(AbstractMethod):
         step = self._own_words.of(batch, self.device)
         self._trained, self.rollout_cost = step.tokens, self.rollout_cost + step.cost
         signal = self._signal(self._own_words.as_the_teacher_reads(step)) if self.soft_weight else None
-        student = self._student_at(step.tokens, signal)
+        student = self._form.at(self.student, step.tokens, self._vocab_size)
         with torch.set_grad_enabled(self._needs_logprobs):
             logprob_N = self._own_words.logprobs(student, step)
         sampler_N = self._own_words.compare(logprob_N, step, batch)
@@ -236,7 +246,7 @@ class OnPolicy(AbstractMethod):
         if self.reward_weight:
             parts.append(self._reward(logprob_N, sampler_N, step))
         if self._is_logged_step():
-            step.health["rollout/entropy"] = mean_entropy(student)
+            step.health["rollout/entropy"] = self._form.mean_entropy(student)
             self.log_dict(step.health, batch_size=len(batch), rank_zero_only=True)
         return parts
 
@@ -246,34 +256,27 @@ class OnPolicy(AbstractMethod):
         counts = StepCounts(batch.step_stored_tokens, batch.step_stored_rows)
         if self.soft_weight:
             signal = self._signal(stored_as_batch(batch, pad_id=self._pad_id, for_teacher=True).to(self.device))
-        student = self._student_at(tokens, signal)
+        student = self._form.at(self.student, tokens, self._vocab_size)
         if signal is not None:
             parts.append(self._divergence("soft_stored", student, signal, counts))
         if self.hard_weight:
             label_N = tokens.label_BT[tokens.completion_BT]
-            hard = linear_cross_entropy if isinstance(student, HiddenProjection) else cross_entropy
-            loss = hard(student, label_N)  # type: ignore[arg-type]
+            loss = self._form.cross_entropy(student, label_N)
             parts.append(Component("hard", loss, self.hard_weight, self._denominator(counts)))
         return parts
 
     # -- the terms ----------------------------------------------------------------------------------------------------
 
     def _signal(self, tokens: TokenBatch) -> TeacherSignal:
-        return signal_at(self.teacher_signal(tokens), tokens, self._vocab_size, self.teacher_top_k)
+        signal = self.teacher_signal(tokens)
+        return signal_at(signal, tokens, self._vocab_size, self.teacher_top_k, self._form.chunk_rows)
 
-    def _student_at(self, tokens: TokenBatch, signal: TeacherSignal | None) -> Tensor | HiddenProjection:
-        """The student in the form that the teacher came in."""
-        form = projection_at if isinstance(signal, HiddenProjection) else logits_at
-        return form(self.student, tokens, self._vocab_size)
-
-    def _divergence(
-        self, name: str, student: Tensor | HiddenProjection, signal: TeacherSignal, counts: StepCounts
-    ) -> Component:
-        loss = soft_target(student, signal, **self._divergence_options)
+    def _divergence(self, name: str, student: Student, signal: TeacherSignal, counts: StepCounts) -> Component:
+        loss = self._form.soft_target(student, signal, **self._divergence_options)
         return Component(name, loss, self.soft_weight, self._denominator(counts))
 
     def _sampled_token(self, logprob_N: Tensor, sampler_N: Tensor, signal: TeacherSignal, step: OwnStep) -> Component:
-        teacher_N = teacher_logprobs(signal, step.label_N, self._own_words.sampling.temperature).to(logprob_N)
+        teacher_N = self._own_words.teacher_logprobs(signal, step).to(logprob_N)
         mask_BT, placed = step.tokens.completion_BT, (step.placed(logprob_N.detach()), step.placed(teacher_N))
         advantage_N = teacher_advantage(*placed, mask_BT, **self._advantage_options)[mask_BT]
         return self._per_place("soft", clipped_surrogate(logprob_N, sampler_N, advantage_N, **self._clip), step)

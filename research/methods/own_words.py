@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from research.data.traces import TraceData
 from research.errors import ConfigError, RolloutError
 from research.generation.cost import GenerationCost
-from research.methods.completion_places import drawn_logprobs, logits_at
 from research.methods.health import RolloutHealth, health_of
 from research.methods.reward import Graded, VerifierReward
 from research.methods.rollouts import (
@@ -22,8 +21,9 @@ from research.methods.rollouts import (
     sampler_logprobs,
     sum_over_ranks,
 )
+from research.methods.student_form import Student, StudentForm
 from research.models.modes import eval_mode
-from research.records import HiddenProjection, PromptBatch, PromptRow, Sampling, TokenBatch
+from research.records import PromptBatch, PromptRow, Sampling, TeacherSignal, TokenBatch
 from research.tasks.grading import Grader
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class OwnStep:
 class OwnWords:
     """Rollouts of a block of prompts, graded once, with what is known of their health.
 
+    form            in which the method has the student's logits
     sampling        of the rollouts; the seed is the run's
     step_reward     see :class:`VerifierReward`
     compares_rewards   whether the method learns from differences of rewards
@@ -87,6 +88,7 @@ class OwnWords:
 
     def __init__(
         self,
+        form: StudentForm,
         sampling: Sampling,
         *,
         step_reward: float,
@@ -98,7 +100,7 @@ class OwnWords:
         if not max_sampler_kl > 0:
             raise ConfigError(f"method.max_sampler_kl is {max_sampler_kl}; expected a positive number of nats")
         self._max_sampler_kl, self._step_reward = max_sampler_kl, step_reward
-        self._buffer = RolloutBuffer(sampling)
+        self._form, self._buffer = form, RolloutBuffer(sampling)
         self._watching = RolloutHealth(max_truncated_share, patience, compares_rewards=compares_rewards)
         self._graded_block: int | None = None
         self._graded: dict[int, list[Graded]] = {}
@@ -151,9 +153,13 @@ class OwnWords:
         """The same completions, id for id, behind the teacher's own prompts."""
         return as_batch(step.rollouts, step.counts, pad_id=self._pad_id, for_teacher=True).to(step.tokens.ids_BT.device)
 
-    def logprobs(self, student: Tensor | HiddenProjection, step: OwnStep) -> Tensor:
+    def logprobs(self, student: Student, step: OwnStep) -> Tensor:
         """Log-probabilities of the drawn tokens under a student's logits [N, V], at the sampling temperature, [N]."""
-        return drawn_logprobs(student, step.label_N, self.sampling.temperature)
+        return self._form.logprobs(student, step.label_N, self.sampling.temperature)
+
+    def teacher_logprobs(self, signal: TeacherSignal, step: OwnStep) -> Tensor:
+        """The same under a teacher's signal."""
+        return self._form.teacher_logprobs(signal, step.label_N, self.sampling.temperature)
 
     def compare(self, logprob_N: Tensor, step: OwnStep, batch: PromptBatch) -> Tensor:
         """Log-probabilities of the drawn tokens when they were drawn, [N], held against those of the student now.
@@ -201,12 +207,12 @@ class OwnWords:
         if self._is_neutral or self.sampling.top_p < 1:
             return
         with eval_mode(self._network):
-            logits_NV = logits_at(self._network, step.tokens, self._vocab_size)
-        logprob_N = self.logprobs(logits_NV, step)
+            student = self._form.at(self._network, step.tokens, self._vocab_size)
+        logprob_N = self.logprobs(student, step)
         gaps_N = (sampler_logprobs(step.rollouts, logprob_N) - logprob_N).abs()
         total, places = sum_over_ranks([float(gaps_N.sum()), float(len(gaps_N))])  # what stops one rank stops all
         gap = total / places
-        bound = MOST_ROUNDING.get(logits_NV.dtype, MOST_ROUNDING_OF_HALF)
+        bound = MOST_ROUNDING.get(self._form.dtype_of(student), MOST_ROUNDING_OF_HALF)
         if not gap <= bound:
             raise RolloutError(
                 f"the sampler's log-probabilities differ from the student's own by {gap:.3g} nats per token, more than "

@@ -17,11 +17,11 @@ from research.losses.policy import (
     kl_penalty,
 )
 from research.methods.base import AbstractMethod, Component, Training
-from research.methods.completion_places import logits_at, mean_entropy
 from research.methods.own_words import OwnStep, OwnWords
 from research.methods.rollouts import StepCounts, sum_over_ranks
 from research.methods.sampled_places import check_policy_sampling, check_reduction, component
 from research.methods.soft_target import check_weights
+from research.methods.student_form import StudentForm
 from research.methods.token_validation import METRICS as TOKEN_METRICS
 from research.methods.token_validation import log_token_validation
 from research.models.flops import BatchFlops
@@ -47,6 +47,7 @@ class PolicyGradient(AbstractMethod):
     kl_weight         of a penalty for leaving the student that the run began with; 0: none
     kl_estimator      k2 or k3, see ``losses.policy.kl_penalty``
     max_sampler_kl, max_truncated_share, patience   see :class:`OwnWords`
+    chunk_rows, float32_head_gradient   see :class:`StudentForm`
     """
 
     needs_prompts = True
@@ -73,6 +74,8 @@ class PolicyGradient(AbstractMethod):
         max_sampler_kl: float = 1.0,
         max_truncated_share: float = 0.98,
         patience: int = 50,
+        chunk_rows: int | None = None,
+        float32_head_gradient: bool = False,
     ) -> None:
         if teacher is not None:
             raise ConfigError("method=policy_gradient learns from an answer key and asks no teacher; give teacher=none")
@@ -92,7 +95,10 @@ class PolicyGradient(AbstractMethod):
         self._clip = {"clip_low": clip_low, "clip_high": clip_high}
         self.reduction, self.fixed_length = reduction, fixed_length
         self.kl_weight, self.kl_estimator = kl_weight, kl_estimator
+        chunks: dict[str, Any] = {"chunk_rows": chunk_rows, "float32_head_gradient": float32_head_gradient}
+        self._form = StudentForm(training.student, **chunks)
         self._own_words = OwnWords(
+            self._form,
             Sampling(num_samples, sampling_temperature, top_p, max_new_tokens),
             step_reward=step_reward,
             compares_rewards=True,
@@ -127,8 +133,8 @@ class PolicyGradient(AbstractMethod):
     def components(self, batch: PromptBatch) -> list[Component]:
         step = self._own_words.of(batch, self.device)
         self._trained, self.rollout_cost = step.tokens, self.rollout_cost + step.cost
-        logits_NV = logits_at(self.student, step.tokens, self._vocab_size)
-        logprob_N = self._own_words.logprobs(logits_NV, step)
+        student = self._form.at(self.student, step.tokens, self._vocab_size)
+        logprob_N = self._own_words.logprobs(student, step)
         sampler_N = self._own_words.compare(logprob_N, step, batch)
         reward_PG = self._by_problem(logprob_N.new_tensor(step.rewards))
         advantage_N = step.spread(group_advantage(reward_PG, normalise=self.normalise).flatten())
@@ -140,7 +146,7 @@ class PolicyGradient(AbstractMethod):
             everyone_R = torch.ones_like(kept_R)
             parts.append(self._component("kl_to_start", penalty_N, step, self.kl_weight, everyone_R, step.counts))
         if self._is_logged_step():
-            step.health["rollout/entropy"] = mean_entropy(logits_NV)
+            step.health["rollout/entropy"] = self._form.mean_entropy(student)
             step.health["rollout/clipped"] = clipped_share(logprob_N, sampler_N, advantage_N, **self._clip)
             self.log_dict(step.health, batch_size=len(batch), rank_zero_only=True)
         return parts
@@ -158,8 +164,8 @@ class PolicyGradient(AbstractMethod):
     def _kl_to_start(self, step: OwnStep, logprob_N: Tensor) -> Tensor:
         """The penalty at every place; the start's forward pass is charged with the student's update."""
         with torch.no_grad():
-            start_NV = logits_at(self._start_box[0], step.tokens, self._vocab_size)
-            start_N = self._own_words.logprobs(start_NV, step)
+            start = self._form.at(self._start_box[0], step.tokens, self._vocab_size)
+            start_N = self._own_words.logprobs(start, step)
         if self._start_flops is not None:
             self._step_flops += self._start_flops.of(step.tokens)
         return kl_penalty(self.kl_estimator, logprob_N, start_N)

@@ -1,19 +1,16 @@
 """Supervised fine-tuning on written traces, beside a soft-target term on the same tokens where a teacher is given."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from research.errors import ConfigError
-from research.losses.soft_target import soft_target
-from research.losses.supervised import cross_entropy
 from research.methods.base import AbstractMethod, Component, Training
 from research.methods.sampled_places import check_reduction
-from research.methods.soft_target import check_temperature, check_weights
+from research.methods.soft_target import check_weights, checked_divergence
+from research.methods.student_form import Student, StudentForm
 from research.methods.token_validation import METRICS as TOKEN_METRICS
 from research.methods.token_validation import log_token_validation
-from research.records import DenseLogits, LossSum, TokenBatch
+from research.records import LossSum, TokenBatch
 from research.teachers.base import AbstractTeacher
 
 
@@ -27,6 +24,7 @@ class SftTrace(AbstractMethod):
     hard_weight   of the cross-entropy with the trace's tokens; soft_weight, temperature, divergence, ... of the
                   teacher's distribution at the completion's places, as for :class:`SoftTarget` (sequence-level and
                   token-level distillation at once, where the trace is the teacher's own)
+    chunk_rows, float32_head_gradient, compiled   see :class:`StudentForm`
     """
 
     validation_metrics = (*TOKEN_METRICS, "val/errors", "val/accuracy")
@@ -45,41 +43,49 @@ class SftTrace(AbstractMethod):
         teacher_mixture_weight: float | None = None,
         skew_weight: float | None = None,
         scale_by_temperature_squared: bool = True,
+        chunk_rows: int | None = None,
+        float32_head_gradient: bool = False,
+        compiled: bool = False,
     ) -> None:
         if soft_weight != 0 and teacher is None:
             raise ConfigError(f"method.soft_weight is {soft_weight} and there is no teacher; choose teacher=frozen")
         super().__init__(training, teacher)
         check_reduction(reduction, fixed_length)
         check_weights(hard_weight=hard_weight, soft_weight=soft_weight)
-        check_temperature(temperature)
         self.reduction, self.fixed_length = reduction, fixed_length
         self.hard_weight, self.soft_weight, self.temperature = hard_weight, soft_weight, temperature
-        self._options: dict[str, Any] = {
-            "divergence": divergence,
-            "temperature": temperature,
-            "teacher_mixture_weight": teacher_mixture_weight,
-            "skew_weight": skew_weight,
-            "scale_by_temperature_squared": scale_by_temperature_squared,
-        }
-        uniform_NV = torch.zeros(1, 2)
-        soft_target(uniform_NV, DenseLogits(uniform_NV), **self._options)  # refuses what no step could use
+        self._options = checked_divergence(
+            divergence=divergence,
+            temperature=temperature,
+            teacher_mixture_weight=teacher_mixture_weight,
+            skew_weight=skew_weight,
+            scale_by_temperature_squared=scale_by_temperature_squared,
+        )
+        self._form = StudentForm(
+            training.student,
+            teacher if soft_weight else None,
+            chunk_rows=chunk_rows,
+            float32_head_gradient=float32_head_gradient,
+            compiled=compiled,
+            divergence=self._options if soft_weight else None,
+        )
 
     def components(self, batch: TokenBatch) -> list[Component]:
-        logits_BTV = self.student(*batch.network_inputs())
+        student = self._form.everywhere(self.student, batch)
         parts = []
         if self.hard_weight != 0:
-            parts.append(self._component("hard", self._hard(logits_BTV, batch), self.hard_weight, batch))
+            parts.append(self._component("hard", self._hard(student, batch), self.hard_weight, batch))
         if self.soft_weight != 0:
             signal = self.teacher_signal(batch)
-            loss = soft_target(logits_BTV, signal, loss_mask_N=batch.completion_BT, **self._options)
+            loss = self._form.soft_target(student, signal, loss_mask_N=batch.completion_BT, **self._options)
             parts.append(Component("soft", loss, self.soft_weight, batch.step_completion_tokens))
         return parts
 
-    def _hard(self, logits_BTV: Tensor, batch: TokenBatch) -> LossSum:
+    def _hard(self, student: Student, batch: TokenBatch) -> LossSum:
         weight_BT = batch.weight_BT
         if self.reduction == "sequence":
             weight_BT = weight_BT.double() / _document_weight(batch).double().clamp(min=1e-12)
-        return cross_entropy(logits_BTV, batch.label_BT, weight_N=weight_BT)
+        return self._form.cross_entropy(student, batch.label_BT, weight_N=weight_BT)
 
     def _component(self, name: str, loss: LossSum, weight: float, batch: TokenBatch) -> Component:
         if self.reduction == "token":

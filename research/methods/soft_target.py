@@ -40,18 +40,15 @@ class SoftTarget(AbstractMethod):
         scale_by_temperature_squared: bool = True,
     ) -> None:
         super().__init__(training, teacher)
-        check_temperature(temperature)
         check_weights(hard_weight=hard_weight, soft_weight=soft_weight)
         self.temperature, self.hard_weight, self.soft_weight = temperature, hard_weight, soft_weight
-        self._options: dict[str, Any] = {
-            "divergence": divergence,
-            "temperature": temperature,
-            "teacher_mixture_weight": teacher_mixture_weight,
-            "skew_weight": skew_weight,
-            "scale_by_temperature_squared": scale_by_temperature_squared,
-        }
-        uniform_NV = torch.zeros(1, 2)
-        soft_target(uniform_NV, DenseLogits(uniform_NV), **self._options)  # refuses what no step could use
+        self._options = checked_divergence(
+            divergence=divergence,
+            temperature=temperature,
+            teacher_mixture_weight=teacher_mixture_weight,
+            skew_weight=skew_weight,
+            scale_by_temperature_squared=scale_by_temperature_squared,
+        )
 
     def components(self, batch: ClassBatch) -> list[Component]:
         logits_NV = self.student(batch.inputs)
@@ -99,6 +96,14 @@ class LogitMatching(AbstractMethod):
             hard = cross_entropy(logits_NV, batch.label_B)
             parts.append(Component("hard", hard, self.hard_weight, batch.step_rows))
         return parts
+
+
+def checked_divergence(**options: Any) -> dict[str, Any]:
+    """Options of ``losses.soft_target``, tried once, so that what no step could use is refused before the first."""
+    check_temperature(options["temperature"])
+    uniform_NV = torch.zeros(1, 2)
+    soft_target(uniform_NV, DenseLogits(uniform_NV), **options)
+    return options
 
 
 def check_temperature(temperature: float) -> None:

@@ -23,7 +23,7 @@ def projection_of(model: Any, arguments: dict[str, Any]) -> HiddenProjection:
     if not isinstance(head, nn.Linear):
         raise ConfigError(
             f"the output head is a {type(head).__name__}, not one matrix, so hidden states do not make the logits; "
-            "take it out of model.lora_targets, or use dense logits (teacher.signal=dense)"
+            "take it out of model.lora_targets, or use dense logits (teacher.signal=dense and method.chunk_rows=null)"
         )
     return HiddenProjection(
         hidden_ND=causal.base_model(**arguments).last_hidden_state,
@@ -46,5 +46,6 @@ def check_projection(model: Any, arguments: dict[str, Any]) -> None:
     if not float(difference_BTV.abs().max()) <= rounding:
         raise ConfigError(
             f"the logits of a {model.config.model_type} are not its last hidden states times its head (they differ by "
-            f"{float(difference_BTV.abs().max()):.3g}); use dense logits (teacher.signal=dense)"
+            f"{float(difference_BTV.abs().max()):.3g}); use dense logits (teacher.signal=dense and "
+            "method.chunk_rows=null)"
         )

@@ -58,6 +58,41 @@ class StudyItems:
         return np.asarray(self.predictions[key] != self.label_I)
 
 
+@dataclass(frozen=True)
+class Beyond:
+    """What a run does on the problems that another one failed in every try.
+
+    problems    how many those are; without any the shares are None
+    tries       samples of each by the run that failed them
+    pass_at_1   mean share of right samples of them
+    solved      share of them with a right sample among the run's own
+    """
+
+    problems: int
+    tries: int
+    pass_at_1: float | None
+    solved: float | None
+
+
+def beyond(items: StudyItems, key: str, failed_by: str) -> Beyond:
+    """How the run ``key`` does where ``failed_by`` (a start, a teacher) has no right sample at all (claims C27, C33).
+
+    Those problems were picked by the failures of one run: of another draw of the same run some would be solved, so the
+    run itself belongs beside, with new samples, where the gain is to be a number. Raises ValueError where a run was not
+    sampled, and names those that were.
+    """
+    for name in (key, failed_by):
+        if name not in items.sampled:
+            raise ValueError(f"{name!r} was not sampled; the sampled runs are {', '.join(items.sampled) or 'none'}")
+    where_I = items.sampled[failed_by]["num_right"] == 0
+    tries = int(items.sampled[failed_by]["num_samples"].min())
+    if not where_I.any():
+        return Beyond(0, tries, None, None)
+    counts = {name: items.sampled[key][name][where_I].astype(np.int64) for name in SAMPLED}
+    share_I = counts["num_right"] / counts["num_samples"]
+    return Beyond(int(where_I.sum()), tries, float(share_I.mean()), float((share_I > 0).mean()))
+
+
 def pack_items(split: str, runs: Mapping[str, Mapping[str, np.ndarray]]) -> StudyItems:
     """Joins the runs' item columns by ``index``; raises ValueError where runs differ in items or labels."""
     if not runs:

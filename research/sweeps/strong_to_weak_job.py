@@ -68,7 +68,7 @@ class StrongToWeakLoop:
             _, wanted = self._composed(phase, None, None)
             finished = _finished(folder_of(run_dir, number, phase))
             if finished is not None:
-                check_finished(finished, wanted, folder_of(run_dir, number, phase))
+                check_finished(finished, wanted, folder_of(run_dir, number, phase), is_first=number == 0)
 
     def run(self, method: AbstractMethod, interrupt: StopOnInterrupt, run_dir: Path) -> FitOutcome:
         """Run, or go on with, the phases; the last one's weights end in ``method``.

@@ -39,6 +39,7 @@ class AbstractTeacher(ABC):
 
     num_classes: int
     identity: TeacherIdentity
+    gives_hidden: bool = False  # whether its signals are hidden states and head: the student then gives its own so
 
     @abstractmethod
     def signal(self, batch: Any) -> TeacherSignal:

@@ -51,7 +51,7 @@ class FrozenTeacher(AbstractTeacher):
                 f"teacher.signal is hidden, and {loaded.source} is a {type(loaded.network).__name__}; hidden states "
                 "are given by language models, use signal=dense"
             )
-        self._hidden = signal == "hidden"
+        self.gives_hidden = signal == "hidden"
         refuse_zero_weights(loaded.network, loaded.source)
         self._network = loaded.network.eval().requires_grad_(False)
         self._input_shape = loaded.input_shape
@@ -81,7 +81,7 @@ class FrozenTeacher(AbstractTeacher):
     def signal(self, batch: Batch) -> DenseLogits | HiddenProjection:
         inputs = batch.network_inputs()
         with torch.autocast(inputs[0].device.type, enabled=False):
-            if self._hidden:
+            if self.gives_hidden:
                 return self._network.hidden_projection(*inputs)  # type: ignore[operator]
             return DenseLogits(self._network(*inputs).float())
 

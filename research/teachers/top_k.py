@@ -8,9 +8,12 @@ from research.losses.support import best_of
 from research.records import DenseLogits, HiddenProjection, TopKLogprobs
 
 
-def keep_top_k(signal: DenseLogits | HiddenProjection, top_k: int) -> TopKLogprobs:
-    """The K largest logprobs at temperature 1 and the log of the remaining mass, summed in log space."""
-    return best_of(signal, top_k)
+def keep_top_k(signal: DenseLogits | HiddenProjection, top_k: int, chunk_rows: int | None = None) -> TopKLogprobs:
+    """The K largest logprobs at temperature 1 and the log of the remaining mass, summed in log space.
+
+    chunk_rows  most positions that are looked at at a time; None chooses
+    """
+    return best_of(signal, top_k, chunk_rows)
 
 
 def spread_tail(signal: TopKLogprobs) -> Tensor:

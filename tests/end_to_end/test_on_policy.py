@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from research.results.record import RunRecord, read_record
 
@@ -93,7 +95,44 @@ def test_p81_p83_a_killed_run_goes_on_to_the_same_end(
     assert {"rollout/truncated", "rollout/entropy", "rollout/length", "rollout/staleness"} <= set(names)
 
 
+CHUNKED = {
+    "on_policy": ("data=prompts", "data.num_prompts=8", "method.objective=sampled_token", "method.max_new_tokens=8"),
+    "sft_trace": ("data=traces", "data.batch_size=16", "method.soft_weight=1"),
+}
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_p15_a_pretrained_student_learns_the_same_some_logits_at_a_time(
+    name: str, distill: Distill, teacher: Path, tmp_path: Path
+) -> None:
+    """A Hugging Face folder as student: weights and scores with method.chunk_rows are those without, to rounding."""
+    own = ("student.hidden_size", "student.num_layers", "model@student")
+    text = tuple(flag for flag in TEXT if flag.partition("=")[0] not in own)
+    folder = tmp_path / "pretrained"
+    shutil.copytree(teacher / "student", folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)  # another network than the teacher
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    network = ("model@student=pretrained_lm", f"student.path='{folder}'", f"data.tokenizer='{folder}'", "optimizer=sgd")
+    taught = (f"method={name}", "teacher=frozen", f"teacher.path='{teacher}'", "trainer=smoke", "trainer.max_steps=3")
+    ends, metrics = [], []
+    for place, chunks in (("whole", ()), ("chunked", ("method.chunk_rows=16", "teacher.signal=hidden"))):
+        flags = (*text, *network, *taught, *CHUNKED[name], *chunks, f"hydra.run.dir={place}", "optimizer.lr=0.5")
+        done = distill("train", *flags, cwd=tmp_path)
+        assert done.code == 0, done.err
+        ends.append(load_file(tmp_path / place / "student" / "model.safetensors"))
+        metrics.append(read_record(tmp_path / place / "run.json").metrics)
+    start = load_file(folder / "model.safetensors")
+    assert any(not torch.equal(start[key], tensor) for key, tensor in ends[0].items())
+    for key, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][key], tensor, rtol=1e-4, atol=1e-5)
+    assert metrics[1]["test/nll"] == pytest.approx(metrics[0]["test/nll"], rel=1e-4)
+
+
 REFUSED = [
+    (("method.chunk_rows=0",), "method.chunk_rows is 0; expected at least 1 place, or null"),
+    (("method.compiled=true",), "method.compiled is true, and all logits are written out at once"),
+    (("method=soft_target", "method.chunk_rows=4"), "chunk_rows"),
     (
         ("data.num_prompts=0",),
         "OnPolicy trains on what the student answers; these data hold no prompts, give data=prompts",

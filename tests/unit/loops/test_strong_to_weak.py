@@ -41,11 +41,22 @@ def test_a_phase_replaces_what_the_run_says() -> None:
 def test_a_finished_phase_may_lie_elsewhere_and_be_nothing_else(tmp_path: Any) -> None:
     _, words = PLAN.declared()
     check_finished(
-        record(overrides_of(words, RUN, "elsewhere", "last")), overrides_of(words, RUN, "here", None), tmp_path
-    )
+        record(overrides_of(words, RUN, "elsewhere", "last")), overrides_of(words, RUN, "here", None), tmp_path,
+        is_first=False,
+    )  # fmt: skip
     with pytest.raises(CheckpointError, match=r"seed=6 then, seed=7 now"):
         changed = [text.replace("seed=6", "seed=7") for text in overrides_of(words, RUN, "here", None)]
-        check_finished(record(overrides_of(words, RUN, "here", None)), changed, tmp_path)
+        check_finished(record(overrides_of(words, RUN, "here", None)), changed, tmp_path, is_first=False)
+
+
+def test_a_finished_first_phase_of_another_start_is_not_taken_for_this_run_s(tmp_path: Any) -> None:
+    """`init_from=OTHER` in the same folder: the student of BASE is not handed on as that of OTHER."""
+    traces, _ = PLAN.declared()
+    done = record(overrides_of(traces, RUN, None, "last"))
+    check_finished(done, overrides_of(traces, RUN, None, None), tmp_path, is_first=True)
+    with pytest.raises(CheckpointError, match=r"init_from=BASE then, init_from=OTHER now"):
+        other = [text.replace("BASE", "OTHER") for text in RUN]
+        check_finished(done, overrides_of(traces, other, None, None), tmp_path, is_first=True)
 
 
 def test_p122_a_teacher_of_two_phases_was_trained_once_and_its_traces_written_once(tmp_path: Path) -> None:

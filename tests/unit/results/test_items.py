@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from research.results.items import (
+    Beyond,
     StudyItems,
+    beyond,
     pack_items,
     read_items,
     read_study_items,
@@ -108,3 +110,43 @@ def test_counts_of_samples_are_kept_beside_the_predictions(tmp_path) -> None:
     assert read.sampled["b/seed=0"]["num_right"].tolist() == [0, 2, 4], "by rising index"
     wrong = 4 - read.sampled["b/seed=0"]["num_right"].astype(int)
     assert np.mean(1 - wrong * (wrong - 1) / (4 * 3)) == pytest.approx((0 + (1 - 2 / 12) + 1) / 3), "pass@2"
+
+
+def _sampled(num_right: list[int], num_samples: int) -> dict[str, np.ndarray]:
+    return {
+        "num_samples": np.full(len(num_right), num_samples, np.uint8),
+        "num_right": np.array(num_right, np.uint8),
+    }
+
+
+def test_c33_what_a_run_does_where_another_failed_in_every_try() -> None:
+    """By hand: problems 0, 2 and 4 were never right; the arm has 4, 0 and 1 of 4 there, and its others do not count."""
+    sampled = {
+        "start/seed=0": _sampled([0, 3, 0, 1, 0], 16), "sft/seed=0": _sampled([4, 0, 0, 4, 1], 4),
+        "teacher": _sampled([1, 2, 3, 4, 5], 16),
+    }  # fmt: skip
+    index, plain = np.arange(5), np.zeros(5, np.uint8)
+    items = StudyItems("test", index, plain, {key: plain for key in (*sampled, "greedy")}, sampled)
+    found = beyond(items, "sft/seed=0", "start/seed=0")
+    assert found == Beyond(3, 16, pytest.approx((4 + 0 + 1) / 12), pytest.approx(2 / 3))
+    assert beyond(items, "start/seed=0", "start/seed=0") == Beyond(3, 16, 0.0, 0.0)
+    assert beyond(items, "sft/seed=0", "teacher") == Beyond(0, 16, None, None)
+    for key, failed_by in (("greedy", "teacher"), ("teacher", "greedy")):
+        with pytest.raises(ValueError, match="'greedy' was not sampled; the sampled runs are start/seed=0, sft/seed=0"):
+            beyond(items, key, failed_by)
+
+
+def test_c33_the_committed_pass_at_k_says_what_its_reading_says() -> None:
+    items = read_study_items(Path(__file__).parents[3] / "experiments" / "pass_at_k" / "items.parquet")
+    arms: dict[str, list[Beyond]] = {
+        arm: [beyond(items, f"{arm}/seed={seed}", f"start/seed={seed}") for seed in range(8)]
+        for arm in ("sft", "on_policy", "grpo")
+    }
+    assert sum(one.problems for one in arms["sft"]) == 515 and {one.tries for one in arms["sft"]} == {64}
+    told = {
+        arm: tuple(
+            round(sum(one.problems * getattr(one, name) for one in found) / 515, 3) for name in ("pass_at_1", "solved")
+        )
+        for arm, found in arms.items()
+    }
+    assert told == {"sft": (0.996, 1.0), "on_policy": (0.973, 0.996), "grpo": (0.039, 0.33)}
