@@ -23,11 +23,11 @@ from research.text.codec import Codec
 from research.text.formats import TRACE_FORMATS, layout_of
 from research.text.tokenizer import build_tokenizer, tokenizer_sha256
 from research.traces.corruptions import Corruption
+from research.traces.files import FILES
 from research.traces.filters import FilterChain, build_filters
-from research.traces.importing import TraceImport
+from research.traces.importing import QUARANTINE_FILE, TraceImport
 from research.traces.sources import AbstractSource, FileSource, ReferenceSource, TeacherSource
 
-QUARANTINE_FILE = "quarantine.jsonl"
 TRAINING = ("training_flops", "training_tokens", "training_seconds")
 _SAMPLING = ("num_samples", "temperature", "top_p", "max_new_tokens")
 
@@ -90,7 +90,7 @@ def build_parts(cfg: DictConfig, folder: Path) -> Parts:
 
 def _from_file(cfg: DictConfig, task: AbstractTask | None, folder: Path) -> Parts:
     if not cfg.data.file:
-        raise ConfigError("source=file needs data.file, a .jsonl or .jsonl.gz file of traces")
+        raise ConfigError(f"source=file needs data.file, a file of traces ({', '.join(FILES)})")
     path = Path(cfg.data.file)
     rows = TraceImport(
         path,
