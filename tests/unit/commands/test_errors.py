@@ -26,7 +26,7 @@ NOT_COMPOSED: dict[str, tuple[str, ...]] = {
     "train signal_transform.scop=x signal_transform=permuted": ("nearest valid: signal_transform.scope",),
     "train reference.pth=x teacher@reference=frozen": ("nearest valid: reference.path",),
     "traces generator=server generator.extra_body={top_k:1}": (
-        "error: generator.extra_body holds no keys yet; add one with +generator.extra_body.top_k=...",
+        "generator.extra_body holds no keys yet; add one with +generator.extra_body.top_k=...",
     ),
     "train hydra.foo=1": ("unknown key 'hydra.foo'", "Valid keys under hydra"),
     "train method=softtarget": ("no method 'softtarget'", "nearest valid: soft_target", "logit_matching"),
