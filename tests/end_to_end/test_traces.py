@@ -237,6 +237,26 @@ def test_a_file_is_imported_and_its_bad_rows_are_listed(distill: Distill, tmp_pa
     assert "file.sha256: the store has" in distill(*command, "filter=none", cwd=tmp_path).error
 
 
+@pytest.mark.parametrize("filters", ["answer_key", "step_verifier"])
+def test_what_slips_through_in_real_traces_is_what_was_committed(
+    filters: str, distill: Distill, require_data: Callable[..., Path], repository: Path, tmp_path: Path
+) -> None:
+    """PaLM-540B on SVAMP: 41 of 705 checked right answers have a wrong or an unused chain; 21 of 685 after steps."""
+    require_data("traces")
+    chain = {"answer_key": "[answer_key]", "step_verifier": "[answer_key,step_verifier]"}[filters]
+    command = ("traces", "source=released", "data.file=svamp_palm540b", "data.split=all", f"filters={chain}")
+    done = distill(*command, "store=store", "explorer=false", "threads=1", cwd=tmp_path)
+    assert done.code == 0, done.err
+    record = record_of(tmp_path / "store")
+    assert record.metrics == read_record(repository / "experiments" / "wrong_steps_real" / f"{filters}.json").metrics
+    kept = Counter(row.trace.details["outcome"] for row in rows_in(tmp_path / "store") if row.kept)
+    slipped = kept["lucky_answer"] + kept["unused_chain"]
+    assert (slipped, kept["valid_right"]) == ({"answer_key": 41, "step_verifier": 21}[filters], 664)
+    assert record.metrics["traces/false_positives"] == pytest.approx(slipped / (slipped + 664))
+    assert record.metrics["traces/written"] == 1000 == record.metrics["traces/distinct_problems"]
+    assert record.ledger["teacher_scoring"] == {"flops": 0.0, "tokens": 0.0, "seconds": 0.0}
+
+
 # -- a server ---------------------------------------------------------------------------------------------------------
 
 
@@ -431,6 +451,10 @@ def test_a_real_server_that_is_killed_loses_and_doubles_nothing(
         (["source=refrence"], "source is 'refrence'; nearest valid: reference"),
         (["source=reference", "task=sum5"], "template is not chosen"),
         (["source=file"], "source=file needs data.file"),
+        (["source=released"], "source=released needs data.file, the name of a release (svamp_palm540b,"),
+        (["source=released", "data.file=svamp", "filter=none"], "released traces 'svamp': give one of svamp_palm540b"),
+        (["source=released", "data.file=svamp_palm540b", "task=svamp"], "and no task: it has its own"),
+        (["source=file", "data.file=x.jsonl", "data.split=all"], "data.split is 'all'"),
         (["source=file", "data.file=none.jsonl", "filter=none"], "no file none.jsonl"),
         (["source=reference", "task=sum5", "template=plain", "filters=[anser_key]"], "nearest valid: answer_key"),
         (["source=reference", "task=sum5", "template=plain", "filters=[{name: length}]"], "judges by tokens"),
