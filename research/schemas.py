@@ -18,7 +18,7 @@ from research.errors import ConfigError
 
 SPLITS = ("train", "val", "test")
 WEIGHTS = ("last", "best")
-SOURCES = ("teacher", "reference", "file")
+SOURCES = ("teacher", "reference", "file", "released")
 MODEL_FORMATS = ("llama2c",)
 PREFLIGHTS = ("skip", "warn", "refuse")
 _NAME = re.compile(r"[\w.+-]+")
@@ -148,11 +148,13 @@ class SamplingConfig:
 class ProblemsConfig:
     """What `distill traces` poses, and how its teacher writes.
 
-    split, num_problems, problem_seed   as in `task.problems`; num_problems null: all that the task has
+    split, num_problems, problem_seed   as in `task.problems`; num_problems null: all that the task has. Of a release,
+                     split may be all
     num_evaluation   validation and test problems that the filter `contamination` compares with; null: all
     trace_format     how the teacher lays its replies out; null: as its run folder says, else chain_then_answer
     tokenizer        characters, a folder or a hub id; null: the one in the teacher's folder, none for a server
-    file             source=file: the JSON lines to read; a row longer than max_characters is set aside
+    file             source=file: the traces to read; a row longer than max_characters is set aside. source=released:
+                     the name of the release, see `research.tasks.released`
     """
 
     split: str = "train"
@@ -291,7 +293,7 @@ def check_root(cfg: DictConfig, command: str) -> None:
         expect_one_of("format", cfg.format, MODEL_FORMATS)
     if command == "traces":
         expect_one_of("source", cfg.source, SOURCES)
-        expect_one_of("data.split", cfg.data.split, SPLITS)
+        expect_one_of("data.split", cfg.data.split, (*SPLITS, "all") if cfg.source == "released" else SPLITS)
     for key in ("batch_size", "threads", "shard_rows", "block_problems", "checkpoint_steps", "preflight_problems"):
         _expect_positive(key, cfg.get(key))
 

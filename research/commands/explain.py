@@ -104,7 +104,7 @@ def _unknown_key(command: str, conf_dir: str, arguments: list[str], key: str, wh
 def _composed_without(command: str, conf_dir: str, arguments: list[str], key: str) -> DictConfig | None:
     """The config without the overrides of that key, or the plain one where the fault lies in a file."""
     flags = ("-", "hydra")
-    kept = [a for a in arguments if "=" in a and not a.startswith(flags) and a.lstrip("+~").partition("=")[0] != key]
+    kept = [a for a in arguments if "=" in a and not a.startswith(flags) and not _gives(a, key)]
     GlobalHydra.instance().clear()
     for overrides in (kept, []):
         try:
@@ -113,6 +113,12 @@ def _composed_without(command: str, conf_dir: str, arguments: list[str], key: st
         except Exception:  # the next, plainer config is tried; the error being explained stands in any case
             continue
     return None
+
+
+def _gives(argument: str, key: str) -> bool:
+    """Whether an override sets that key: by its name, or in a {..} for a node above it."""
+    name, _, value = argument.lstrip("+~").partition("=")
+    return name == key or (key.startswith(f"{name}.") and value.lstrip().startswith("{"))
 
 
 def _in_another_choice(conf_dir: Path, parent: str, name: str, valid: Iterable[str]) -> str:

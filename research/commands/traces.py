@@ -6,6 +6,7 @@
   distill traces task=gsm8k template=think generator=server generator.base_url=http://127.0.0.1:8000/v1
   distill traces source=reference task=sum5 template=plain '+corruption.compensating_pair=0.5'
   distill traces source=file data.file=traces.jsonl filter=none
+  distill traces source=released data.file=svamp_palm540b data.split=all filter=step_verifier
 
 The store holds parquet shards, a manifest with the settings, hashes and the drop ledger, the run record, and
 explorer.html. A killed run goes on with the same command and store: no row is lost or doubled. Train on it with

@@ -49,7 +49,8 @@ def stored_rows(
 ) -> list[StoredRow]:
     """Train documents, each with the prompt that the teacher would have read instead.
 
-    traces  those that the documents were made of, each at its document's ``index``
+    traces  those that the documents were made of, each at its document's ``index``; not looked at where the teacher is
+            asked as the student is
     """
     rows = []
     for document in documents:

@@ -13,6 +13,7 @@ from torch import Tensor
 from research.data.loader import Cut, StepLoader
 from research.records import TokenBatch
 from research.seeding import rng_for
+from research.text.compact import lengths
 from research.text.document import Document, collate, document_counts
 
 
@@ -42,7 +43,7 @@ class TokenLoader(StepLoader[TokenBatch]):
         device: torch.device | None = None,
         **schedule: Any,
     ) -> None:
-        longest = max((len(document.ids) for document in documents), default=0)
+        longest = int(lengths(documents).max(initial=0))
         if packed_to is not None and longest > packed_to:
             raise ValueError(f"packed_to={packed_to}: the longest document has {longest} tokens; give at least that")
         if length_grouping < 0:
@@ -56,7 +57,7 @@ class TokenLoader(StepLoader[TokenBatch]):
         shuffled_N = super().order(epoch)
         if self._length_grouping == 0 or not self.shuffle:
             return shuffled_N
-        length_N = torch.tensor([len(document.ids) for document in self._documents])
+        length_N = torch.from_numpy(lengths(self._documents))
         group = self._length_grouping * self.batch_size
         sorted_N = torch.cat([part[length_N[part].argsort(stable=True)] for part in shuffled_N.split(group)])
         whole, rest = divmod(self.num_rows, self.batch_size)

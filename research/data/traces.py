@@ -21,6 +21,7 @@ from research.errors import ConfigError
 from research.records import Problem, PromptRow, StoredRow, Trace
 from research.tasks.base import AbstractTask, Split
 from research.text.codec import Codec
+from research.text.compact import CompactDocuments, lengths
 from research.text.document import Document
 from research.text.formats import TRACE_FORMATS
 from research.text.template import AbstractTemplate
@@ -129,11 +130,15 @@ class TraceData(L.LightningDataModule):
             extra_eos=extra_eos,
         )
         self._problems: dict[Split, list[Problem]] = {}
-        self._documents: dict[Split, list[Document]] = {}
+        self._documents: dict[Split, Sequence[Document]] = {}
         self._skipped: dict[Split, Counter[str]] = {}
         self._traces: list[Trace] | None = None
         self._prompts: list[PromptRow] | None = None
         self._refused_prompts: Counter[str] = Counter()
+
+    def list_bad_rows(self, file: Path) -> None:
+        """From now on a pass over a JSONL store lists the rows that are no traces in ``file``, line by line."""
+        self._source.quarantine = file
 
     @property
     def store_folders(self) -> tuple[Path, ...]:
@@ -170,7 +175,7 @@ class TraceData(L.LightningDataModule):
         """The same data with other traces to train on, in an order of ``seed``; problems and codec are shared."""
         other = copy.copy(self)
         other.seed, other._traces, other._source = seed, list(traces), TrainTraces(self.task)
-        kept: dict[Split, list[Document]] = {"val": self.documents("val")}
+        kept: dict[Split, Sequence[Document]] = {"val": self.documents("val")}
         other._documents, other._skipped = kept, {"val": self._skipped["val"]}
         return other
 
@@ -182,14 +187,20 @@ class TraceData(L.LightningDataModule):
         return self._problems[split]
 
     def traces(self) -> list[Trace]:
-        """The train traces as they are stored, before the trace format rearranges them."""
+        """The train traces as they are stored, before the trace format rearranges them; all of them in memory."""
         if self._traces is None:
-            self._traces = self._source.read(lambda: self.problems("train"))
+            self._traces = list(self._passing())
         return self._traces
 
-    def documents(self, split: Split) -> list[Document]:
+    def _passing(self) -> Iterator[Trace]:
+        """One pass over the train traces, out of memory only where they are there."""
+        traces = self._traces
+        return self._source.stream(lambda: self.problems("train")) if traces is None else iter(traces)
+
+    def documents(self, split: Split) -> Sequence[Document]:
         """The encoded documents of a split; what could not be encoded is counted in :meth:`summary`."""
         if split not in self._documents:
+            documents: Sequence[Document]
             if split == "train":
                 documents, skipped = self._train_documents()
             else:
@@ -198,9 +209,9 @@ class TraceData(L.LightningDataModule):
             self._documents[split], self._skipped[split] = documents, skipped
         return self._documents[split]
 
-    def _train_documents(self) -> tuple[list[Document], Counter[str]]:
+    def _train_documents(self) -> tuple[CompactDocuments, Counter[str]]:
         return train_documents(
-            self.traces(),
+            self._passing(),
             self.codec,
             self.modes,
             trace_format=self.trace_format,
@@ -211,7 +222,7 @@ class TraceData(L.LightningDataModule):
         )
 
     def _texts(self) -> Iterator[str]:
-        return (f"{one.problem}\n{one.chain}\n{one.answer}" for one in self.traces())
+        return (f"{one.problem}\n{one.chain}\n{one.answer}" for one in self._passing())
 
     def prompts(self) -> list[PromptRow]:
         """Every train problem as the student and the teacher are asked it; see :meth:`summary` for what was refused.
@@ -226,7 +237,8 @@ class TraceData(L.LightningDataModule):
 
     def stored_rows(self) -> list[StoredRow]:
         """The train documents beside the prompts, each with the prompt that the teacher would have read instead."""
-        return stored_rows(self.documents("train"), self.traces(), self.codec, self.teacher_codec)
+        traces = () if self.teacher_codec is self.codec else self.traces()
+        return stored_rows(self.documents("train"), traces, self.codec, self.teacher_codec)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and encode what training and validation need; test problems are drawn when they are asked for."""
@@ -292,7 +304,7 @@ class TraceData(L.LightningDataModule):
         ``mixture``, where there is one: name of each store -> traces taken from it, and documents made of them.
         """
         documents = self.documents("train") if self._trains_on_documents else []
-        lengths = [len(document.ids) for document in documents] or [0]
+        length_D = lengths(documents)
         asked: dict[str, Any] = {}
         if self.num_prompts:
             asked = {"prompts": len(self.prompts()), "refused_prompts": dict(self._refused_prompts)}
@@ -300,13 +312,13 @@ class TraceData(L.LightningDataModule):
             "rows": {"train": len(documents), "val": len(self.documents("val")), "test": len(self.problems("test"))},
             **asked,
             "dropped": {split: dict(skipped) for split, skipped in self._skipped.items()},
-            "train_tokens": sum(lengths),
-            "longest": max(lengths),
+            "train_tokens": int(length_D.sum()),
+            "longest": int(length_D.max(initial=0)),
             "task": self.task.name,
             "trace_format": self.trace_format,
             "tokenizer": tokenizer_sha256(self.codec.tokenizer),
             "store": self._source.store_name,
-            **self._source.mixed(documents),
+            **self._source.mixed(document.index for document in documents),
         }
 
 

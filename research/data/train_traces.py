@@ -1,7 +1,8 @@
 """Where the traces to train on come from: the task's own solutions, a store, a release, or a mixture of stores."""
 
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,22 @@ from research.errors import ConfigError
 from research.records import Problem, Trace, Verdict
 from research.tasks.base import AbstractTask, Split
 from research.tasks.released import Released, read_released
-from research.text.document import Document
 from research.traces.mixture import Mixture, training_mixture
-from research.traces.reading import read_traces
+from research.traces.reading import stream_traces
 
 RELEASED_PREFIX = "released:"
 
 
 class TrainTraces:
-    """The source of train traces, read once.
+    """The source of train traces. It keeps none of them: every pass reads them again, and gives the same.
 
     task    whose problems they solve
     store, mixture, mixture_seed, num   as of ``TraceData``, whose ``num_train`` is ``num``; None of the first two: the
             task's own solutions
     answers_alone   whether rows of a file without a chain are good ones
 
-    unread  traces of a release that :meth:`read` left out, by reason
+    unread      rows that the last pass left out, by reason: traces of a release, or bad rows of a file
+    quarantine  where a pass lists a file's bad rows, with line number and reason; None: nowhere
 
     Raises ConfigError, naming the key, for a store and a mixture at once, or an empty mixture.
     """
@@ -47,9 +48,11 @@ class TrainTraces:
         self._task, self._store, self._parts, self._seed = task, store, mixture, mixture_seed
         self._num, self._answers_alone = num, answers_alone
         self._mixture: Mixture | None = None
-        self._traces: list[Trace] = []
+        self._part_of = array("H")  # of each trace of a mixture, in the order of the last pass
+        self._was_read = False
         self._released: Released | None = None
         self.unread: Counter[str] = Counter()
+        self.quarantine: Path | None = None
 
     @property
     def store_name(self) -> str | None:
@@ -58,33 +61,39 @@ class TrainTraces:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """The stores that were read; none before :meth:`read`, and none for a release."""
-        return store_folders(self._store, self._parts) if self._traces else ()
+        """The stores that were read; none before :meth:`stream`, and none for a release."""
+        return store_folders(self._store, self._parts) if self._was_read else ()
 
-    def read(self, own_problems: Callable[[], Sequence[Problem]]) -> list[Trace]:
-        """The traces as they are stored; the solutions of ``own_problems`` where nothing is.
+    def stream(self, own_problems: Callable[[], Sequence[Problem]]) -> Iterator[Trace]:
+        """The traces as they are stored, in one pass; the solutions of ``own_problems`` where nothing is.
 
         Raises DataError where there is none.
         """
+        self.unread.clear()
         if self._parts is not None:
-            self._mixture = training_mixture(self._parts, self._num, self._seed)
-            self._traces = list(self._mixture)
+            traces: Iterable[Trace] = self._mix()
         elif self._store:
-            self._traces = self._read_store(self._store)
+            traces = self._stored(self._store)
         else:
-            self._traces = [reference_trace(problem) for problem in own_problems()]
-        if not self._traces:
+            traces = (reference_trace(problem) for problem in own_problems())
+        found = False
+        for trace in traces:
+            found = True
+            yield trace
+        self._was_read = True
+        if not found:
             raise DataError(f"no trace to train on in {self._store or self._task.name}")
-        return self._traces
 
-    def mixed(self, documents: Iterable[Document]) -> dict[str, dict[str, dict[str, int]]]:
-        """``mixture``: name of each store -> traces taken from it, and how many of these documents are of them.
+    def mixed(self, places: Iterable[int]) -> dict[str, dict[str, dict[str, int]]]:
+        """``mixture``: name of each store -> traces taken from it, and how many documents were made of them.
 
+        places  of the traces, in the last pass, that the documents were made of
         Empty where there is no mixture, or none was read.
         """
         if self._mixture is None:
             return {}
-        used = Counter(self._traces[document.index].details["source"] for document in documents)
+        names = [part.name for part in self._mixture.parts]
+        used = Counter(names[self._part_of[place]] for place in places)
         taken = self._mixture.summary()
         return {"mixture": {name: {"traces": count, "documents": used[name]} for name, count in taken.items()}}
 
@@ -98,11 +107,26 @@ class TrainTraces:
             released.setdefault(trace.index, trace)
         return [released.get(trace.index, trace) for trace in references]
 
-    def _read_store(self, store: str) -> list[Trace]:
+    def _mix(self) -> Iterator[Trace]:
+        self._mixture = training_mixture(self._parts or (), self._num, self._seed)
+        numbers = {part.name: number for number, part in enumerate(self._mixture.parts)}
+        del self._part_of[:]
+        for trace in self._mixture:
+            self._part_of.append(numbers[trace.details["source"]])
+            yield trace
+
+    def _stored(self, store: str) -> Iterable[Trace]:
         if not store.startswith(RELEASED_PREFIX):
-            return read_traces(Path(store), num=self._num, allow_empty_chain=self._answers_alone)
+            return stream_traces(
+                Path(store),
+                self._num,
+                allow_empty_chain=self._answers_alone,
+                quarantine=self.quarantine,
+                unread=self.unread,
+                quiet=self._was_read,
+            )
         released, which = self._read_release()
-        self.unread = Counter(released.skipped["train"])
+        self.unread.update(released.skipped["train"])
         traces = [t for t in released.traces["train"] if not which or t.details["verdict"] == Verdict.CORRECT]
         self.unread["wrong_answer"] += len(released.traces["train"]) - len(traces)
         return traces[: self._num]

@@ -39,6 +39,7 @@ from research.results.record import RunRecord, collect_versions, git_revision, h
 from research.seeding import seed_for
 from research.teachers.base import AbstractTeacher
 from research.teachers.load import NETWORK_FOLDER
+from research.traces.importing import QUARANTINE_FILE
 
 log = logging.getLogger(__name__)
 RECORD_FILE = "run.json"
@@ -157,6 +158,8 @@ class TrainingRun:
             with stopped_by_signals(f"outside the fit (run folder {self.run_dir})"):
                 # dropout follows the seed, whatever was drawn before in this process
                 torch.manual_seed(seed_for(self.config["seed"], "training", trainer.global_rank))
+                if isinstance(self.data, TraceData) and trainer.is_global_zero:
+                    self.data.list_bad_rows(self.run_dir / QUARANTINE_FILE)
                 if self.loop is None:
                     resume = resume_path(self.config["ckpt_path"], self.run_dir)
                     outcome = fit(trainer, self.method, self.data, interrupt, resume)
@@ -189,7 +192,8 @@ class TrainingRun:
         scores = None if self.loop is None else self.loop.scores
         scores = scores or self._score(trainer.strategy.root_device)
         metrics, artifacts = scores.metrics, {"student": NETWORK_FOLDER, **scores.artifacts}
-        artifacts |= {"curve": CURVE_FILE} if (self.run_dir / CURVE_FILE).exists() else {}
+        beside = {"curve": CURVE_FILE, "quarantine": QUARANTINE_FILE}
+        artifacts |= {name: file for name, file in beside.items() if (self.run_dir / file).exists()}
         metrics |= {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         for callback in trainer.checkpoint_callbacks:
             monitor, score = getattr(callback, "monitor", None), getattr(callback, "best_model_score", None)

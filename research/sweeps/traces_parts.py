@@ -17,17 +17,20 @@ from research.records import Problem, Sampling
 from research.schemas import expect_one_of
 from research.tasks.arithmetic import ChainedSums
 from research.tasks.base import AbstractTask
+from research.tasks.drawing import SPLITS
 from research.tasks.grading import Grader
+from research.tasks.released import RELEASED, read_released
 from research.teachers.load import NETWORK_FOLDER, load_network
 from research.text.codec import Codec
 from research.text.formats import TRACE_FORMATS, layout_of
 from research.text.tokenizer import build_tokenizer, tokenizer_sha256
 from research.traces.corruptions import Corruption
+from research.traces.files import FILES
 from research.traces.filters import FilterChain, build_filters
-from research.traces.importing import TraceImport
+from research.traces.importing import QUARANTINE_FILE, TraceImport
+from research.traces.released import ReleasedSource
 from research.traces.sources import AbstractSource, FileSource, ReferenceSource, TeacherSource
 
-QUARANTINE_FILE = "quarantine.jsonl"
 TRAINING = ("training_flops", "training_tokens", "training_seconds")
 _SAMPLING = ("num_samples", "temperature", "top_p", "max_new_tokens")
 
@@ -51,6 +54,8 @@ def build_parts(cfg: DictConfig, folder: Path) -> Parts:
     corruption = _corruption(cfg, task)
     if cfg.source == "file":
         return _from_file(cfg, task, folder)
+    if cfg.source == "released":
+        return _from_release(cfg, task)
     if task is None:
         raise ConfigError(f"source={cfg.source} needs a task, whose problems are solved; give one, such as task=sum5")
     known = _known_of_teacher(cfg)
@@ -90,7 +95,7 @@ def build_parts(cfg: DictConfig, folder: Path) -> Parts:
 
 def _from_file(cfg: DictConfig, task: AbstractTask | None, folder: Path) -> Parts:
     if not cfg.data.file:
-        raise ConfigError("source=file needs data.file, a .jsonl or .jsonl.gz file of traces")
+        raise ConfigError(f"source=file needs data.file, a file of traces ({', '.join(FILES)})")
     path = Path(cfg.data.file)
     rows = TraceImport(
         path,
@@ -118,6 +123,24 @@ def _from_file(cfg: DictConfig, task: AbstractTask | None, folder: Path) -> Part
         "template": node if codec is not None else None,
     }
     return Parts(source, _filters(cfg, task, source), codec, task, [], None, settings)
+
+
+def _from_release(cfg: DictConfig, task: AbstractTask | None) -> Parts:
+    if not cfg.data.file or task is not None:
+        raise ConfigError(
+            f"source=released needs data.file, the name of a release ({', '.join(RELEASED)}), "
+            "and no task: it has its own"
+        )
+    released = read_released(cfg.data.file)
+    splits = SPLITS if cfg.data.split == "all" else (cfg.data.split,)
+    source = ReleasedSource(released, splits, block_rows=cfg.block_problems)
+    settings = {
+        **_common_settings(cfg),
+        "released": cfg.data.file,
+        "split": cfg.data.split,
+        "problems_sha256": _problems_sha256(source.problems),
+    }
+    return Parts(source, _filters(cfg, released.task, source), None, released.task, source.problems, None, settings)
 
 
 def _common_settings(cfg: DictConfig) -> dict[str, Any]:
@@ -157,7 +180,7 @@ def _filters(cfg: DictConfig, task: AbstractTask | None, source: AbstractSource)
 def _corruption(cfg: DictConfig, task: AbstractTask | None) -> Corruption | None:
     if not cfg.corruption:
         return None
-    if cfg.source == "file" or not isinstance(task, ChainedSums):
+    if cfg.source in ("file", "released") or not isinstance(task, ChainedSums):
         raise ConfigError("corruption spoils the running totals of chained sums; give task=sum5, or no corruption")
     return Corruption({str(name): rate for name, rate in cfg.corruption.items()}, seed=cfg.seed)
 

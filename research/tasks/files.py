@@ -41,7 +41,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     Raises ConfigError, naming file and line, where it is missing, damaged, no JSON, or a row lacks a column.
     """
     try:
-        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+        lines = gzip.decompress(path.read_bytes()).decode("utf-8-sig").removesuffix("\n").split("\n")
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: put it there, or set task.data_dir to a folder that has it") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:

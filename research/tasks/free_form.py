@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import re
+import zlib
 from functools import cached_property
 from pathlib import Path
 
@@ -11,10 +13,18 @@ from research.records import Problem, Verdict
 from research.tasks.base import AbstractTask, Split
 from research.tasks.files import Official, split_by_text
 from research.tasks.math_verifier import MathVerifier
+from research.tasks.numbers import parse_number
+
+UNIT = re.compile(r"(.+?)\s+\([A-Za-z][A-Za-z ]+\)")
 
 
 class FreeFormMath(AbstractTask):
-    """One JSON object per line with ``problem``, ``answer`` and, where there is one, ``chain``.
+    """One JSON object per line with a problem, its answer and, where there is one, a chain.
+
+    Read under the names of the word-problem sets in common use, whatever their case: ``problem`` or ``question``
+    (behind ``body``, where there is one, as in SVAMP and ASDiv); ``answer``, of which what stands before the last
+    ``####`` is the chain, as in GSM8K; ``chain`` or ``rationale``. A unit in brackets behind a number, ``9 (apples)``,
+    is no part of the answer.
 
     8 tenths of the problems are train, 1 val, 1 test, by a hash of the text; repeated texts are left out and counted in
     ``official.dropped``. Answers may be any formula, LaTeX or plain. Steps are not checked.
@@ -38,8 +48,11 @@ class FreeFormMath(AbstractTask):
                 f"task.path is {str(self.path)!r}: no such file; expected JSON lines of problem and answer"
             )
         content = self.path.read_bytes()
-        text = (gzip.decompress(content) if self.path.suffix == ".gz" else content).decode()
-        rows = ((number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+        try:
+            text = (gzip.decompress(content) if self.path.suffix == ".gz" else content).decode("utf-8-sig")
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise ConfigError(f"task.path is {str(self.path)!r}, which cannot be read: {error}") from None
+        rows = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
         return split_by_text(self._problem(number, line) for number, line in rows)
 
     def problems(self, split: Split, num: int | None = None, seed: int = 0) -> list[Problem]:
@@ -50,12 +63,18 @@ class FreeFormMath(AbstractTask):
 
     def _problem(self, number: int, line: str) -> Problem:
         try:
-            row = json.loads(line)
-            problem, answer, chain = row["problem"], row["answer"], row.get("chain", "")
+            row = {name.lower(): value for name, value in json.loads(line).items() if value is not None}
+            problem, answer = row["problem"] if "problem" in row else row["question"], row["answer"]
+            chain, body = row.get("chain", row.get("rationale", "")), row.get("body", "")
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
-                f"{self.path}, line {number}: {type(error).__name__}: {error}; expected problem and answer"
+                f"{self.path}, line {number}: {type(error).__name__}: {error}; expected problem (question) and answer"
             ) from None
-        if not (isinstance(problem, str) and isinstance(answer, str | int | float) and isinstance(chain, str)):
+        texts = all(isinstance(text, str) for text in (problem, chain, body))
+        if not texts or isinstance(answer, bool) or not isinstance(answer, str | int | float):
             raise ConfigError(f"{self.path}, line {number}: problem and chain are texts, answer a text or number")
-        return Problem(0, problem.strip(), str(answer), chain)
+        written, _, gold = str(answer).rpartition("####")
+        measured = UNIT.fullmatch(gold.strip())
+        gold = measured[1] if measured and parse_number(measured[1]) is not None else gold
+        text = f"{body.strip()}\n{problem.strip()}" if body.strip() else problem.strip()
+        return Problem(0, text, gold.strip(), chain or written.strip())

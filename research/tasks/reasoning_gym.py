@@ -4,6 +4,7 @@ import importlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import count
@@ -15,6 +16,7 @@ from research.seeding import seed_for
 from research.tasks.answers import unboxed, value_part
 from research.tasks.base import AbstractTask, Split
 from research.tasks.drawing import SPLITS, check_request, split_of, take
+from research.tasks.expressions import NotArithmetic, evaluate
 from research.tasks.numbers import parse_answer, parse_number, plain_text
 
 BLOCK = 1024  # items drawn from one hashed start
@@ -43,7 +45,9 @@ DATA_ONLY = {
     "spiral_matrix": re.compile(r"[0-9 \n]*"),
     "string_insertion": re.compile(r"[A-Z]*"),
 }
-WORKED_OUT = ("countdown", "puzzle24")  # the whole answer is a sum that the scorer works out: nothing is contained
+WORKED_OUT = ("countdown", "puzzle24")  # the whole answer is a sum, worked out here: nothing is contained
+ROUNDED = ("power_function",)  # asks for some digits of a longer number
+_DECIMAL = re.compile(r"[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]{1,3})?|[0-9]+[eE][-+]?[0-9]{1,3}|\.[0-9]+|[0-9]+")
 
 
 class ReasoningGym(AbstractTask):
@@ -56,12 +60,15 @@ class ReasoningGym(AbstractTask):
     closed. An answer is CORRECT where it is the reference, up to blanks around it. Two numbers must be equal, without
     tolerance; a leading ``x =`` is left out. Where either is written as a fraction, they must also be the same fraction
     (``\frac{2}{3}`` is ``2/3``, ``4/6`` is not) or have the scorer's full marks: to reduce it may be all that is asked.
+    Where both have a unit it must be the same, up to an s at its end.
 
-    Any other answer (of a problem with several solutions) is CORRECT only where the package's scorer gives exactly 1.0,
-    and
+    A sum that is asked for (``countdown``, ``puzzle24``) is CORRECT where it has exactly the value and the numbers that
+    are given. Any other answer (of a problem with several solutions) is CORRECT only where the package's scorer gives
+    exactly 1.0, and
 
-    - neither text contains the other: no credit for containment or for an answer cut off (sums that are worked out as
-      a whole excepted);
+    - neither text contains the other: no credit for containment or for an answer cut off;
+    - where one of them writes a number with a point, both have the same numbers, in any order and without tolerance
+      (unless the problem asks for some digits alone), and no ``nan``;
     - the scorer gives no control full marks (gibberish, the reference within a sentence or doubled): one that does is
       not believed for this problem.
 
@@ -112,7 +119,7 @@ class ReasoningGym(AbstractTask):
         expected, number = parse_number(gold), parse_answer(given)
         are_numbers = expected is not None and number is not None
         if expected is not None and number is not None:
-            if expected != number:
+            if expected != number or _other_unit(gold, given):
                 return Verdict.WRONG
             if not (expected.fraction or number.fraction) or _bare(gold) == _bare(given):
                 return Verdict.CORRECT
@@ -120,7 +127,9 @@ class ReasoningGym(AbstractTask):
         if not self._is_data(given):
             self.counts["refused: no plain data"] += 1
             return Verdict.UNPARSED
-        if not are_numbers and self.dataset not in WORKED_OUT and (given in gold or gold in given):
+        if self.dataset in WORKED_OUT:
+            return _worked_out(problem.details["metadata"], given)
+        if not are_numbers and (given in gold or gold in given or not self._same_numbers(gold, given)):
             return Verdict.WRONG
         return self._scored(problem, given, is_equal=are_numbers)
 
@@ -138,6 +147,14 @@ class ReasoningGym(AbstractTask):
             self.counts["scorer is lenient"] += 1
             return Verdict.WRONG
         return Verdict.CORRECT
+
+    def _same_numbers(self, gold: str, given: str) -> bool:
+        """Whether two answers, one of which writes decimals, have the same numbers; so do any other two."""
+        numbers = [sorted(Fraction(number) for number in _DECIMAL.findall(text)) for text in (gold, given)]
+        has_decimals = any("." in number for text in (gold, given) for number in _DECIMAL.findall(text))
+        if numbers[0] and "nan" in given.lower() and "nan" not in gold.lower():
+            return False
+        return self.dataset in ROUNDED or not has_decimals or numbers[0] == numbers[1]
 
     def _is_data(self, text: str) -> bool:
         pattern = DATA_ONLY.get(self.dataset)
@@ -200,6 +217,24 @@ class _Drawn:
             if number < len(self.found[split]):
                 return True
         return False
+
+
+def _worked_out(metadata: Mapping[str, Any], given: str) -> Verdict:
+    """Of a sum: exactly its value, and each of the numbers once."""
+    if sorted(map(int, re.findall("[0-9]+", given))) != sorted(metadata["numbers"]):
+        return Verdict.WRONG
+    try:
+        return Verdict.CORRECT if evaluate(given) == metadata.get("target", 24) else Verdict.WRONG
+    except NotArithmetic:
+        return Verdict.WRONG
+
+
+def _other_unit(gold: str, given: str) -> bool:
+    """Whether two numbers have units that differ in more than an s at the end; one without may mean the other's."""
+    asked, told = (
+        [word.lower().removesuffix("s") for word in re.findall("[A-Za-z]+", _bare(text))] for text in (gold, given)
+    )
+    return bool(asked and told) and asked != told
 
 
 def _bare(text: str) -> str:

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -115,13 +115,18 @@ class Codec:
 
     def encode_all(self, traces: Iterable[Trace]) -> tuple[list[Document], Counter[str]]:
         """The documents of those traces that have one, in order, and how many were refused for which reason."""
-        documents, refused = [], Counter[str]()
+        refused = Counter[str]()
+        return list(self.encode_each(traces, refused)), refused
+
+    def encode_each(self, traces: Iterable[Trace], refused: Counter[str]) -> Iterator[Document]:
+        """The same one by one; ``refused`` counts along."""
         for trace in traces:
             try:
-                documents.append(self.encode(trace))
+                document = self.encode(trace)
             except Refused as error:
                 refused[error.reason] += 1
-        return documents, refused
+            else:
+                yield document
 
     def join(self, problem_text: str, completion_ids: Sequence[int], index: int) -> Document:
         """The document of a prompt and the ids that a model wrote after it: the same ids, never decoded and re-encoded.

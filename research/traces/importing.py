@@ -1,34 +1,35 @@
-"""Traces that somebody else wrote, as JSON lines: read under the names in common use, bad rows set aside.
+"""Traces that somebody else wrote, one to a row: read under the names in common use, bad rows set aside.
 
-A row's fields are found by ALIASES: for each of problem, chain and answer the first of its names that the row has with
-a value other than null, and in ``messages`` or ``conversations`` (one user turn, one assistant turn) where it has
-none. Where chain or answer is missing, the other is taken apart, in this order: a leading ``<think>``...``</think>`` is
-the chain and what follows it the answer; else what follows the last ``####`` is the answer and what precedes it the
-chain. A chain that still begins with ``<think>`` beside an answer of its own is unwrapped; what followed
-``</think>`` is kept under ``details["after_think"]``. All other fields of the row are kept as they stand, together and
-apart from ours, under ``details["row"]``: a column of theirs called verdict or outcome is never read as one.
+A row's fields are found by ALIASES, whatever their case: for each of problem, chain and answer the first of its names
+that the row has with a value other than null, and in ``messages`` or ``conversations`` (one user turn, one assistant
+turn) where it has none. Where chain or answer is missing, the other is taken apart, in this order: what stands before
+``</think>`` is the chain (behind a leading ``<think>``, or without one, since some templates write it into the prompt)
+and what follows it the answer; else what precedes the last ``####`` is the chain, and the answer what follows it in
+that line. A chain with a ``</think>`` beside an answer of its own is unwrapped. What followed is kept under
+``details["after_think"]`` or ``details["after_answer"]``. All other fields of the row are kept as they stand, together
+and apart from ours, under ``details["row"]``: a column of theirs called verdict or outcome is never read as one.
 """
 
-import gzip
 import json
 import math
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from research.errors import ConfigError, StoreError
+from research.errors import ConfigError
 from research.records import Trace, Verdict
+from research.traces.files import FILES, lines_of
 
 ALIASES = {
-    "problem": ("problem", "question", "prompt", "instruction", "query"),
+    "problem": ("problem", "question", "prompt", "instruction", "query", "input"),
     "chain": ("chain", "rationale", "reasoning", "cot", "solution", "reasoning_content", "thinking"),
-    "answer": ("answer", "final_answer", "output", "response", "completion", "generation", "text"),
+    "answer": ("answer", "final_answer", "output", "response", "completion", "generation", "content", "text"),
     "correct": ("correct", "teacher_correct", "is_correct"),
 }
+QUARANTINE_FILE, QUARANTINED = "quarantine.jsonl", "quarantine_"  # the file of bad rows; prefix of counts by reason
 ROW = "row"  # the key of a trace's details that holds the row's other fields
 TURNS = ("messages", "conversations")
 SPEAKERS = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
@@ -44,7 +45,8 @@ REASONS = (
     "several_turns",
     "too_long",
 )
-_THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+_THINK = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
+_ANSWER = re.compile(r"\s*([^\n]*)(.*)", re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -70,17 +72,17 @@ class BadRow(ValueError):
 
 
 class TraceImport:
-    """Iterates over the traces of a ``.jsonl`` or ``.jsonl.gz`` file, in file order, one line in memory at a time.
+    """Iterates over the traces of a file, in file order, a few rows in memory at a time (a ``.json`` list as a whole).
 
-    path              the file
-    quarantine        JSON lines file that takes the bad rows (line number from 1, reason, what was found, the line);
-                      written anew by every pass, absent where no row is bad; None: bad rows are counted alone
+    path              the file, of FILES; see ``files.lines_of``
+    quarantine        JSON lines file that takes the bad rows (number of line or row from 1, reason, what was found, the
+                      line); written anew by every pass, absent where no row is bad; None: bad rows are counted alone
     max_characters    longest row; a longer one is set aside, never cut
     allow_empty_chain whether rows without any chain are traces: answers to plain questions
 
-    ``index`` of a trace is its line number from 0, ``sample`` the row's own where it has a whole one. A field such as
-    ``teacher_correct: true`` becomes ``details["verdict"]``. ``report`` counts the last pass. Raises ConfigError where
-    the file does not exist, StoreError where it is damaged.
+    ``index`` of a trace is the number of its line or row from 0, ``sample`` the row's own where it has a whole one. A
+    field such as ``teacher_correct: true`` becomes ``details["verdict"]``. ``report`` counts the last pass. Raises
+    ConfigError where the file does not exist, StoreError where it is damaged.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class TraceImport:
         self.max_characters, self.allow_empty_chain = max_characters, allow_empty_chain
         self.report = ImportReport()
         if not self.path.is_file():
-            raise ConfigError(f"no file {self.path}; expected JSON lines, .jsonl or .jsonl.gz")
+            raise ConfigError(f"no file {self.path}; expected rows of traces, {', '.join(FILES)}")
 
     def __iter__(self) -> Iterator[Trace]:
         self.report = ImportReport()
@@ -104,7 +106,7 @@ class TraceImport:
         if self.quarantine is not None:
             self.quarantine.unlink(missing_ok=True)
         try:
-            for number, line in enumerate(self._lines()):
+            for number, line in enumerate(lines_of(self.path, self.max_characters)):
                 if not line.strip():
                     self.report.blank_lines += 1
                     continue
@@ -120,22 +122,6 @@ class TraceImport:
         finally:
             if aside is not None:
                 aside.close()
-
-    def _lines(self) -> Iterator[bytes]:
-        """The file's lines; the rest of one that is far too long is read over, not into memory."""
-        limit = 4 * self.max_characters + 2  # bytes of the longest row, whatever its characters
-        try:
-            open_file: Any = gzip.open if self.path.suffix == ".gz" else open
-            with open_file(self.path, "rb") as stream:
-                while line := stream.readline(limit):
-                    if len(line) == limit and not line.endswith(b"\n"):
-                        while (rest := stream.readline(limit)) and not rest.endswith(b"\n"):
-                            pass
-                    yield line
-        except (EOFError, zlib.error, OSError) as error:
-            raise StoreError(
-                f"{self.path} cannot be read to its end ({error}); fetch or write the file again"
-            ) from None
 
     def _read(self, line: bytes, number: int) -> Trace:
         if len(line) > self.max_characters:
@@ -163,24 +149,26 @@ def read_row(line: bytes, number: int, *, allow_empty_chain: bool = False) -> Tr
     """The trace of one JSON line; raises BadRow with the reason where it is none."""
     row = _object(line)
     problem, chain, answer, used = _fields(row)
+    tails: dict[str, str] = {}
     if problem is None or not problem.strip():
         raise BadRow("no_problem", f"none of {', '.join(ALIASES['problem'])} has a text")
     rest = {name: value for name, value in row.items() if name not in used}
     details: dict[str, Any] = {ROW: rest} if rest else {}
     if chain is None or answer is None:
-        chain, answer = _apart(chain if answer is None else answer, is_chain=answer is None)
-    elif chain.lstrip().startswith("<think>"):
-        chain, tail = _unwrap(chain)
-        if tail:
-            details["after_think"] = tail
+        chain, answer, tails["after_answer"] = _apart(chain if answer is None else answer, is_chain=answer is None)
+    elif _is_thought(chain):
+        chain, tails["after_think"] = _unwrap(chain)
+    details |= {name: tail for name, tail in tails.items() if tail}
     if not answer.strip():
         raise BadRow("no_answer", f"none of {', '.join(ALIASES['answer'])} has a text, and the chain holds no answer")
     if not chain.strip() and not allow_empty_chain:
         raise BadRow("empty_chain", f"none of {', '.join(ALIASES['chain'])} has a text")
-    correct = next((row[name] for name in ALIASES["correct"] if isinstance(row.get(name), bool)), None)
+    names = _names(row)
+    claims = (row[names[name]] for name in ALIASES["correct"] if name in names)
+    correct = next((claim for claim in claims if isinstance(claim, bool)), None)
     if correct is not None:
         details["verdict"] = (Verdict.CORRECT if correct else Verdict.WRONG).value
-    given = row.get("sample")
+    given = row.get(names.get("sample"))
     sample = given if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < 2**31 else 0
     return Trace(problem, chain.strip(), answer.strip(), number, sample, details)
 
@@ -205,20 +193,27 @@ def _fields(row: dict[str, Any]) -> tuple[str | None, str | None, str | None, se
     """Problem, chain, answer as texts (None where the row has none), and the names they came from."""
     found: dict[str, str | None] = {}
     used: set[str] = set()
+    names = _names(row)
     for part in ("problem", "chain", "answer"):
-        name = next((name for name in ALIASES[part] if row.get(name) is not None), None)
+        name = next((names[name] for name in ALIASES[part] if name in names), None)
         found[part] = None if name is None else _text(row[name], name)
         used |= {name} if name else set()
-    turns = next((name for name in TURNS if row.get(name) is not None), None)
+    turns = next((names[name] for name in TURNS if name in names), None)
     if turns is not None and (found["problem"] is None or (found["chain"] is None and found["answer"] is None)):
         spoken = _turns(row[turns], turns)
         found = {part: value if value is not None else spoken.get(part) for part, value in found.items()}
         used.add(turns)
-    extra = row.get("input")  # instruction and input are one prompt in files of the Alpaca kind
-    if "instruction" in used and isinstance(extra, str):
-        used.add("input")
+    extra = row.get(names.get("input"))  # instruction and input are one prompt in files of the Alpaca kind
+    if names.get("instruction") in used and isinstance(extra, str):
+        used.add(names["input"])
         found["problem"] = f"{found['problem']}\n{extra}" if extra.strip() else found["problem"]
     return found["problem"], found["chain"], found["answer"], used
+
+
+def _names(row: dict[str, Any]) -> dict[str, str]:
+    """Each name in small letters -> the row's own, of those with a value other than null; the exact name goes first."""
+    given = [name for name, value in row.items() if value is not None]
+    return {**{name.lower(): name for name in reversed(given)}, **{name: name for name in given}}
 
 
 def _text(value: object, name: str) -> str:
@@ -244,24 +239,38 @@ def _turns(turns: object, name: str) -> dict[str, str]:
         raise BadRow("several_turns", f"{name} has {counts}; expected one of each")
     question, reply = said["user"][0], said["assistant"][0]
     spoken = {
-        "problem": _text(question.get("content", question.get("value")), name),
-        "answer": _text(reply.get("content", reply.get("value")), name),
+        "problem": _said(question, name),
+        "answer": _said(reply, name),
     }
     if reply.get("reasoning_content") is not None:
         spoken["chain"] = _text(reply["reasoning_content"], "reasoning_content")
     return spoken
 
 
-def _apart(text: str | None, *, is_chain: bool) -> tuple[str, str]:
-    """Chain and answer out of the one text that a row has."""
+def _said(turn: dict[str, Any], name: str) -> str:
+    """The text of a turn: as it stands, or in parts of type text."""
+    content = turn.get("content", turn.get("value"))
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return "".join(_text(part.get("text"), name) for part in content)
+    return _text(content, name)
+
+
+def _apart(text: str | None, *, is_chain: bool) -> tuple[str, str, str]:
+    """Chain and answer out of the one text that a row has, and what followed the answer."""
     if text is None:
         raise BadRow("no_answer", f"none of {', '.join(ALIASES['answer'])} and no chain")
-    if text.lstrip().startswith("<think>"):
-        return _unwrap(text)
-    chain, mark, answer = text.rpartition("####")
+    if _is_thought(text):
+        return *_unwrap(text), ""
+    chain, mark, rest = text.rpartition("####")
     if mark:
-        return chain, answer
-    return (text, "") if is_chain else ("", text)
+        answer, tail = _ANSWER.fullmatch(rest).groups()  # type: ignore[union-attr]  # it matches any text
+        return chain, answer, tail.strip()
+    return (text, "", "") if is_chain else ("", text, "")
+
+
+def _is_thought(text: str) -> bool:
+    """Whether it begins inside a thought: with its mark, or with a thought whose first mark is the one that ends it."""
+    return text.lstrip().startswith("<think>") or ("</think>" in text and "<think>" not in text)
 
 
 def _unwrap(text: str) -> tuple[str, str]:

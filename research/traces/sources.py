@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Protocol
 
+from research.errors import ConfigError
 from research.generation.base import AbstractGenerator, Prompt, Written
 from research.records import Problem, Sampling, Trace, Verdict
 from research.tasks.grading import Grader
@@ -15,6 +16,7 @@ from research.text.codec import Codec
 from research.text.refusals import Refused, refuse_overlong
 from research.traces.candidates import Candidate
 from research.traces.corruptions import Corruption
+from research.traces.files import FILES
 from research.traces.importing import TraceImport
 from research.traces.journal import Cost, Journal
 from research.traces.reader import Reader, about, count_tokens
@@ -215,9 +217,10 @@ class ReferenceSource(AbstractSource):
 
 
 class FileSource(AbstractSource):
-    """The rows of a JSON lines file; a verdict where every row brings one is taken at its word.
+    """The rows of a file; a verdict where every row brings one is taken at its word.
 
-    Whether rows have verdicts is read off the first good one; a later row without counts as not verified.
+    Whether rows have verdicts is read off the first good one; a later row without counts as not verified. Raises
+    ConfigError where no row is a trace.
     """
 
     total = None
@@ -225,7 +228,9 @@ class FileSource(AbstractSource):
     def __init__(self, rows: TraceImport, *, codec: Codec | None = None, block_rows: int = 4096) -> None:
         self._rows, self._codec, self._block_rows = rows, codec, block_rows
         first = next(iter(rows), None)
-        verdict = {"verdict"} if first is not None and "verdict" in first.details else set()
+        if first is None:
+            raise ConfigError(_nothing(rows))
+        verdict = {"verdict"} if "verdict" in first.details else set()
         self.gives = frozenset({*verdict, *({"tokens"} if codec is not None else ())})
 
     def blocks(self, start: int, journal: Journal, watch: Watch) -> Iterator[Block]:
@@ -251,6 +256,18 @@ class FileSource(AbstractSource):
         candidate = Candidate(trace, text, None if verdict is None else Verdict(verdict))
         count_tokens(candidate, self._codec)
         return candidate
+
+
+def _nothing(rows: TraceImport) -> str:
+    """What is told of a file without any trace."""
+    report = rows.report
+    told = ", ".join(f"{count} {reason}" for reason, count in report.quarantined.most_common())
+    alone = "; data.allow_empty_chain=true takes rows with an answer alone" if report.quarantined["empty_chain"] else ""
+    listed = f", which {rows.quarantine} lists" if rows.quarantine is not None and told else ""
+    return (
+        f"none of the {report.rows} rows of {rows.path} is a trace ({told or 'the file is empty'}{listed}{alone}); "
+        f"expected {', '.join(FILES)} with problem, chain and answer in each row"
+    )
 
 
 def _batched(problems: Sequence[Problem], size: int) -> Iterable[Sequence[Problem]]:

@@ -8,6 +8,7 @@ from research.records import Trace
 from research.traces.candidates import Candidate
 from research.traces.corruptions import DETAIL
 from research.traces.filters import FilterChain
+from research.traces.importing import QUARANTINED
 from research.traces.journal import JOURNAL_FILE, Journal
 from research.traces.manifest import StoreManifest, Tally
 from research.traces.rows import StoredTrace
@@ -65,7 +66,7 @@ def judge(block: Block, filters: FilterChain) -> tuple[list[StoredTrace], Tally]
         rows.append(row)
     for reason, number in block.quarantined.items():
         tally.written += number
-        _increase(tally.dropped, f"quarantine_{reason}", number)
+        _increase(tally.dropped, f"{QUARANTINED}{reason}", number)
     return rows, tally
 
 

@@ -214,6 +214,22 @@ def test_traces_of_a_run_teach_the_next(run: Path, distill: Distill, tmp_path: P
     assert done.code == 0 and page.read_bytes() == before
 
 
+def test_bad_rows_of_a_file_are_in_the_record_and_listed_beside_it(distill: Distill, tmp_path: Path) -> None:
+    rows = [{"question": p.text, "rationale": p.chain, "answer": p.answer} for p in TASK.problems("train", 40)]
+    (tmp_path / "in.jsonl").write_text("\n".join([*map(json.dumps, rows), "{", json.dumps(rows[0] | {"answer": True})]))
+    command = (*SMOKE, "data.store=in.jsonl", "data.num_train=null", "data.batch_size=8", "hydra.run.dir=run")
+    done = distill("train", *command, cwd=tmp_path)
+    assert done.code == 0, done.err
+    record = read_record(tmp_path / "run" / "run.json")
+    dropped = record.data["summary"]["dropped"]["train"]
+    assert dropped == {"quarantine_not_json": 1, "quarantine_wrong_type": 1}
+    listed = (tmp_path / "run" / record.artifacts["quarantine"]).read_text().splitlines()
+    assert [(row["line"], row["reason"]) for row in map(json.loads, listed)] == [(41, "not_json"), (42, "wrong_type")]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert distill("train", *command, cwd=tmp_path).code == 0
+    assert "quarantine" not in read_record(tmp_path / "run" / "run.json").artifacts
+
+
 def test_a_mixture_of_stores_is_a_key_of_the_command(distill: Distill, tmp_path: Path) -> None:
     """Two stores, three to one; the record says how many of each, and the same command takes the same."""
     for seed, count in ((1, 30), (2, 10)):

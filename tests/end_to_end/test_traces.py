@@ -4,9 +4,12 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,6 +28,7 @@ from research.tasks.arithmetic import ChainedSums
 from research.text.codec import Codec
 from research.text.templates import Plain
 from research.text.tokenizer import build_tokenizer, tokenizer_sha256
+from research.traces.journal import JOURNAL_FILE
 from research.traces.reading import read_traces
 from research.traces.rows import StoredTrace
 from research.traces.store import TraceStore
@@ -221,8 +225,36 @@ def test_a_file_is_imported_and_its_bad_rows_are_listed(distill: Distill, tmp_pa
     aside = [json.loads(line) for line in (tmp_path / "store" / "quarantine.jsonl").read_text().splitlines()]
     assert [(row["line"], row["reason"]) for row in aside] == [(7, "not_json"), (8, "no_answer")]
     assert [trace.answer for trace in read_traces(tmp_path / "store")] == list("012345")
+    (tmp_path / "bare.json").write_text(json.dumps([{"instruction": "1+1", "output": "2"}] * 2))
+    bare = ("traces", "source=file", "data.file=bare.json", "filter=none", "store=bare")
+    error = distill(*bare, cwd=tmp_path).error
+    assert "none of the 2 rows of bare.json is a trace (2 empty_chain, which bare/quarantine.jsonl lists" in error
+    assert (
+        "data.allow_empty_chain=true takes rows with an answer alone" in error and not (tmp_path / "bare/data").exists()
+    )
+    assert distill(*bare, "data.allow_empty_chain=true", cwd=tmp_path).code == 0
     (tmp_path / "in.jsonl").write_text(json.dumps(rows[0]))
     assert "file.sha256: the store has" in distill(*command, "filter=none", cwd=tmp_path).error
+
+
+@pytest.mark.parametrize("filters", ["answer_key", "step_verifier"])
+def test_what_slips_through_in_real_traces_is_what_was_committed(
+    filters: str, distill: Distill, require_data: Callable[..., Path], repository: Path, tmp_path: Path
+) -> None:
+    """PaLM-540B on SVAMP: 41 of 705 checked right answers have a wrong or an unused chain; 21 of 685 after steps."""
+    require_data("traces")
+    chain = {"answer_key": "[answer_key]", "step_verifier": "[answer_key,step_verifier]"}[filters]
+    command = ("traces", "source=released", "data.file=svamp_palm540b", "data.split=all", f"filters={chain}")
+    done = distill(*command, "store=store", "explorer=false", "threads=1", cwd=tmp_path)
+    assert done.code == 0, done.err
+    record = record_of(tmp_path / "store")
+    assert record.metrics == read_record(repository / "experiments" / "wrong_steps_real" / f"{filters}.json").metrics
+    kept = Counter(row.trace.details["outcome"] for row in rows_in(tmp_path / "store") if row.kept)
+    slipped = kept["lucky_answer"] + kept["unused_chain"]
+    assert (slipped, kept["valid_right"]) == ({"answer_key": 41, "step_verifier": 21}[filters], 664)
+    assert record.metrics["traces/false_positives"] == pytest.approx(slipped / (slipped + 664))
+    assert record.metrics["traces/written"] == 1000 == record.metrics["traces/distinct_problems"]
+    assert record.ledger["teacher_scoring"] == {"flops": 0.0, "tokens": 0.0, "seconds": 0.0}
 
 
 # -- a server ---------------------------------------------------------------------------------------------------------
@@ -313,6 +345,101 @@ def test_a_server_that_dies_loses_and_doubles_nothing(
     assert record.teacher["base_url"].endswith(f":{second.server_address[1]}/v1")
 
 
+# -- a real server ----------------------------------------------------------------------------------------------------
+
+
+class TransformersServe:
+    """`transformers serve` over a teacher's folder, a process of its own that can be killed and started again."""
+
+    def __init__(self, model: Path, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = int(free.getsockname()[1])
+        self._model, self._log, self._process = model, log, None  # type: ignore[var-annotated]
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(self._model), "--device", "cpu"]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(
+                [*command, "--host", "127.0.0.1", "--port", str(self.port)], stdout=log, stderr=log, env=environment
+            )
+        deadline = time.monotonic() + 180
+        while not self._answers():
+            assert self._process.poll() is None and time.monotonic() < deadline, self._log.read_text()[-3000:]
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+
+    def _answers(self) -> bool:
+        try:
+            return bool(urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).status == 200)
+        except OSError:
+            return False
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Seeds hold at one request at a time."""
+        return (
+            "generator=server", f"generator.base_url=http://127.0.0.1:{self.port}/v1",
+            f"generator.model='{self._model}'", "generator.choices_per_request=1", "generator.concurrency=1",
+            "generator.backoff_s=0.05", "generator.max_retries=2",
+            "+generator.extra_body.generation_config='{\"do_sample\": true}'",
+        )  # fmt: skip
+
+
+@pytest.fixture
+def real_server(teacher: Path, tmp_path: Path) -> Iterator[TransformersServe]:
+    pytest.importorskip("openai", reason="`transformers serve` needs the packages of transformers[serving]")
+    server = TransformersServe(teacher / "student", tmp_path / "server.log")
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.mark.slow
+def test_a_real_server_that_is_killed_loses_and_doubles_nothing(
+    real_server: TransformersServe, distill: Distill, tmp_path: Path
+) -> None:
+    """SIGKILL in the midst of the second shard: one line that says what to do, and the same command goes on later."""
+    command = (
+        "traces", "task=sum5", "template=plain", "data.num_problems=24", "block_problems=8", "filter=none",
+        "sampling.num_samples=2", "sampling.max_new_tokens=8", *real_server.overrides,
+    )  # fmt: skip
+    whole = distill(*command, "store=whole", cwd=tmp_path)
+    assert whole.code == 0, whole.err
+    first_shard, journal = tmp_path / "cut" / "data" / "shard-00000.parquet", tmp_path / "cut" / JOURNAL_FILE
+
+    def kill_it() -> None:
+        while not first_shard.exists() or not journal.exists() or journal.read_bytes().count(b"\n") < 3:
+            time.sleep(0.005)
+        real_server.kill()
+
+    killer = threading.Thread(target=kill_it, daemon=True)
+    killer.start()
+    error = distill(*command, "store=cut", cwd=tmp_path).error
+    killer.join(60)
+    assert f"http://127.0.0.1:{real_server.port}/v1/completions gave no usable answer in 3 attempts" in error
+    assert "Look at the server, then run the same command again: it goes on with the others" in error
+    left = list(TraceStore(tmp_path / "cut", require_complete=False).rows())
+    expected = rows_in(tmp_path / "whole")
+    assert left == expected[: len(left)] and 16 <= len(left) < 48, "the shards that are there are whole"
+    with pytest.raises(StoreError, match="is not finished"):
+        read_traces(tmp_path / "cut")
+    assert "gave no usable answer" in distill(*command, "store=cut", cwd=tmp_path).error, "it is still down"
+    real_server.start()
+    done = distill(*command, "store=cut", cwd=tmp_path)
+    assert done.code == 0, done.err
+    rows = rows_in(tmp_path / "cut")
+    assert [(row.trace.index, row.trace.sample) for row in rows] == [(n, s) for n in range(24) for s in (0, 1)]
+    assert rows == expected and len({row.text for row in rows}) > 12
+    cost = record_of(tmp_path / "cut").ledger["teacher_scoring"]
+    assert cost["tokens"] == record_of(tmp_path / "whole").ledger["teacher_scoring"]["tokens"]
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +451,10 @@ def test_a_server_that_dies_loses_and_doubles_nothing(
         (["source=refrence"], "source is 'refrence'; nearest valid: reference"),
         (["source=reference", "task=sum5"], "template is not chosen"),
         (["source=file"], "source=file needs data.file"),
+        (["source=released"], "source=released needs data.file, the name of a release (svamp_palm540b,"),
+        (["source=released", "data.file=svamp", "filter=none"], "released traces 'svamp': give one of svamp_palm540b"),
+        (["source=released", "data.file=svamp_palm540b", "task=svamp"], "and no task: it has its own"),
+        (["source=file", "data.file=x.jsonl", "data.split=all"], "data.split is 'all'"),
         (["source=file", "data.file=none.jsonl", "filter=none"], "no file none.jsonl"),
         (["source=reference", "task=sum5", "template=plain", "filters=[anser_key]"], "nearest valid: answer_key"),
         (["source=reference", "task=sum5", "template=plain", "filters=[{name: length}]"], "judges by tokens"),

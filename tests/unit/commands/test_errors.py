@@ -25,6 +25,9 @@ NOT_COMPOSED: dict[str, tuple[str, ...]] = {
     "train teacher.pth=x teacher=frozen": ("unknown key 'teacher.pth'", "nearest valid: teacher.path"),
     "train signal_transform.scop=x signal_transform=permuted": ("nearest valid: signal_transform.scope",),
     "train reference.pth=x teacher@reference=frozen": ("nearest valid: reference.path",),
+    "traces generator=server generator.extra_body={top_k:1}": (
+        "generator.extra_body holds no keys yet; add one with +generator.extra_body.top_k=...",
+    ),
     "train hydra.foo=1": ("unknown key 'hydra.foo'", "Valid keys under hydra"),
     "train method=softtarget": ("no method 'softtarget'", "nearest valid: soft_target", "logit_matching"),
     "train data=mnits": ("no data 'mnits'", "nearest valid: mnist", "digits"),

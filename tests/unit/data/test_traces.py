@@ -1,5 +1,6 @@
 """Traces as training data: what is encoded, dropped, served and told, from the task, from files and from stores."""
 
+import gc
 import gzip
 import json
 from collections import Counter
@@ -157,6 +158,39 @@ def test_a_file_and_a_store_train_like_the_traces_they_hold(kind: str, tmp_path:
     few = make(store=str(path), num_train=7)
     assert few.documents("train") == expected.documents("train")[:7]
     assert few.problems("val") == expected.problems("val")
+
+
+def test_bad_rows_of_a_file_are_counted_and_listed_with_their_lines(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = write_jsonl(tmp_path / "good.jsonl", references(9)).read_text().splitlines()
+    lines = [*good[:4], "{", *good[4:], json.dumps({"question": "1+1", "rationale": "2"}), json.dumps([1])]
+    path = tmp_path / "traces.jsonl"
+    path.write_text("\n".join(lines))
+    data = make(store=str(path), num_train=None, max_tokens=24, tokenizer="bpe", vocab_size=280)
+    data.list_bad_rows(tmp_path / "run" / "quarantine.jsonl")
+    data.setup()
+    dropped = dict(data.summary()["dropped"]["train"])
+    assert 0 < dropped.pop("too_long") == 9 - len(data.documents("train")) < 9
+    assert dropped == {"quarantine_not_json": 1, "quarantine_no_answer": 1, "quarantine_not_an_object": 1}
+    listed = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    told = [(row["line"], row["reason"]) for row in listed]
+    assert told == [(5, "not_json"), (11, "no_answer"), (12, "not_an_object")]
+    assert caplog.text.count("3 of 12 rows") == 1, "told once, whatever the number of passes"
+    few = make(store=str(path), num_train=5)
+    assert few.summary()["dropped"]["train"] == {"quarantine_not_json": 1}, "no row behind the last that is taken"
+    assert few.with_traces(references(3), seed=1).summary()["dropped"] == {"val": {}, "train": {}}
+
+
+@pytest.mark.parametrize("trace_format", ["chain_then_answer", "shuffled_chain", "filler_then_answer", "answer_only"])
+def test_a_large_store_is_not_held_in_memory(trace_format: str, tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", references(3000))
+    data = make(store=str(store), num_train=None, trace_format=trace_format)
+    data.setup()
+    assert data.summary()["rows"]["train"] == 3000 and len(data.fingerprint("train")) == 64
+    assert sum(isinstance(kept, Trace | Document) for kept in gc.get_objects()) < 100
+    held = make(trace_format=trace_format, num_train=None).with_traces(references(3000), seed=0)
+    assert data.documents("train") == held.documents("train") and data.fingerprint("train") == held.fingerprint("train")
 
 
 def test_dropped_rows_of_a_store_are_not_trained_on(tmp_path: Path) -> None:

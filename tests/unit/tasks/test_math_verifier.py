@@ -1,5 +1,6 @@
 """Free-form answers: forms, hostile and endless input, threads. One process serves the whole file."""
 
+import gzip
 import json
 import os
 import pickle
@@ -13,6 +14,8 @@ import pytest
 from research.errors import ConfigError
 from research.records import Verdict
 from research.tasks import math_verifier
+from research.tasks.drawing import SPLITS
+from research.tasks.files import read_rows
 from research.tasks.free_form import FreeFormMath
 from research.tasks.math_verifier import MathVerifier
 from research.tasks.math_worker import judge
@@ -184,3 +187,42 @@ def test_a_row_that_is_none_is_named(tmp_path: Path, line: str) -> None:
         FreeFormMath(path).problems("train")
     with pytest.raises(ConfigError, match="no such file"):
         FreeFormMath(tmp_path / "other.jsonl").problems("train")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"question": "q", "answer": "4 + 4 = <<4+4=8>>8\n#### 8"}, ("q", "4 + 4 = <<4+4=8>>8", "8")),  # GSM8K
+        ({"Body": "b ", "Question": " q", "Equation": "( 7.0 + 2.0 )", "Answer": 9.0}, ("b\nq", "", "9.0")),  # SVAMP
+        ({"body": "b", "question": "q", "answer": "9 (red apples)", "formula": "7+2=9"}, ("b\nq", "", "9")),  # ASDiv
+        ({"problem": "p", "question": None, "rationale": "c", "answer": "f (xy)"}, ("p", "c", "f (xy)")),
+        ({"problem": "two\u2028lines", "answer": "1"}, ("two\u2028lines", "", "1")),
+    ],
+)
+def test_word_problems_as_they_are_published(
+    row: dict[str, object], expected: tuple[str, str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "problems.jsonl"
+    path.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    (problem,) = (found for split in SPLITS for found in FreeFormMath(path).problems(split))
+    assert (problem.text, problem.chain, problem.answer) == expected
+
+
+def test_what_is_no_problem_is_named_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "problems.jsonl"
+    for row, told in (('{"problem": "p", "answer": true}', "line 2: problem and chain are texts"),
+                      ('{"Question": "p"}', "line 2: KeyError: 'answer'; expected problem"),
+                      ("[1]", "line 2: AttributeError")):  # fmt: skip
+        path.write_text('{"problem": "p", "answer": 1}\n' + row)
+        with pytest.raises(ConfigError, match=told):
+            FreeFormMath(path).problems("train")
+    for name, content in (("problems.jsonl", b"\xff\xfe{}"), ("problems.jsonl.gz", b"{}")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            FreeFormMath(tmp_path / name).problems("train")
+
+
+def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress('{"a": "one\u2028\x85two"}\r\n{"a": "b"}\n'.encode()))
+    assert [row["a"] for row in read_rows(path, ("a",))] == ["one\u2028\x85two", "b"]

@@ -103,6 +103,75 @@ def test_another_solution_is_correct_where_the_scorer_works_it_out() -> None:
     assert told == [Verdict.CORRECT] * 3 + [Verdict.WRONG] * 3
 
 
+def drawn(dataset: str, size: int = 4) -> list[Problem]:
+    items = package.create_dataset(dataset, seed=11, size=size)
+    return [
+        Problem(0, items[n]["question"], items[n]["answer"], details={"metadata": items[n]["metadata"]})
+        for n in range(size)
+    ]
+
+
+def test_a_sum_needs_the_numbers_of_its_own_puzzle_and_exactly_its_value() -> None:
+    """The package's scorer looks at neither: any four numbers in range will do, and 24.5 is cut to 24."""
+    task = ReasoningGym("puzzle24")
+    problem = Problem(0, "Make 24.", "10 + 3 + 4 + 7", details={"metadata": {"numbers": [10, 3, 4, 7]}})
+    for foreign in ("2 + 9 + 6 + 7", "6*4*1*1"):
+        assert task._scorer.score_answer(foreign, {"metadata": {}}) == 1.0
+        assert task.verify(problem, foreign) is Verdict.WRONG
+    told = {text: task.verify(problem, text).value for text in ("7+4+3+10", "(10 + 4 - 7) * 3", "10*(7 - 4) - 3")}
+    assert told == {"7+4+3+10": "correct", "(10 + 4 - 7) * 3": "wrong", "10*(7 - 4) - 3": "wrong"}
+    halves = Problem(0, "Make 24.", "", details={"metadata": {"numbers": [7, 7, 2, 1]}})
+    assert task._scorer.score_answer("7*7*1/2", {"metadata": {}}) == 1.0, "24.5"
+    assert module._worked_out(halves.details["metadata"], "7*7*1/2") is Verdict.WRONG
+
+
+def test_a_unit_that_is_asked_for_must_not_be_another() -> None:
+    task = ReasoningGym("time_intervals")
+    problem = Problem(0, "How many days?", "99 days", details={"metadata": {"task_type": "date"}})
+    told = {text: task.verify(problem, text).value for text in ("99", "99 day", "99 Days.", "99 hours", "98 days")}
+    assert list(told.values()) == ["correct", "correct", "correct", "wrong", "wrong"], told
+
+
+@pytest.mark.parametrize(
+    ("dataset", "spoil"),
+    [
+        ("number_sorting", lambda gold: re.sub(r"\.[0-9]+", lambda found: f"{found[0]}001", gold, count=1)),
+        ("number_sorting", lambda gold: re.sub(r"[0-9](?='\])", lambda found: f"{(int(found[0]) + 1) % 10}", gold)),
+        ("pool_matrix", lambda gold: re.sub(r"\.[0-9]+", lambda found: f"{found[0]}001", gold, count=1)),
+        ("advanced_geometry", lambda gold: re.sub(r"\.[0-9]+", lambda found: f"{found[0]}001", gold, count=1)),
+        ("complex_arithmetic", lambda gold: "nan"),
+        ("complex_arithmetic", lambda gold: "nan + nani"),
+    ],
+)
+def test_what_is_nearly_right_earns_nothing_where_the_package_pays_for_it(dataset: str, spoil: Any) -> None:
+    task, paid = ReasoningGym(dataset), 0
+    for problem in drawn(dataset, 12):
+        spoilt = spoil(problem.answer)
+        entry = {"question": problem.text, "answer": problem.answer, "metadata": problem.details["metadata"]}
+        if spoilt != problem.answer:
+            paid += task._scorer.score_answer(spoilt, entry) == 1.0
+            assert task.verify(problem, spoilt) is Verdict.WRONG
+        assert task.verify(problem, problem.answer) is Verdict.CORRECT
+    assert paid > 0, "the package's own scorer gives full marks"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "again"),
+    [
+        ("complex_arithmetic", lambda gold: gold.replace(" ", "")),
+        ("number_sorting", lambda gold: gold.replace(", ", ",")),
+        ("group_anagrams", lambda gold: gold.replace(" ", "")),
+        ("prime_factorization", lambda gold: " \u00d7 ".join(reversed(gold.split(" \u00d7 ")))),
+        ("cryptarithm", lambda gold: ",".join(reversed(gold.split(",")))),
+        ("power_function", lambda gold: f"{float(gold):.2e}"),
+    ],
+)
+def test_the_same_answer_in_another_form_is_right(dataset: str, again: Any) -> None:
+    task = ReasoningGym(dataset)
+    held = [task.verify(problem, again(problem.answer)).value for problem in drawn(dataset, 6)]
+    assert "correct" in held and (dataset == "power_function" or set(held) == {"correct"}), held
+
+
 def test_partial_credit_earns_nothing() -> None:
     task = ReasoningGym("mini_sudoku")
     item = package.create_dataset("mini_sudoku", seed=1, size=1)[0]

@@ -1,5 +1,6 @@
 """JSON lines of other people: aliases, texts taken apart, and every bad row set aside with its line and reason."""
 
+import csv
 import gzip
 import json
 import tracemalloc
@@ -8,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from research.errors import ConfigError, StoreError
+from research.traces.files import FILES
 from research.traces.importing import ALIASES, REASONS, TraceImport
 from research.traces.reading import read_traces
 
@@ -81,6 +85,20 @@ def test_the_first_alias_with_a_value_wins(part: str, tmp_path: Path) -> None:
                           {"role": "assistant", "content": "7", "reasoning_content": "c"}]},
             ("q", "c", "7"),
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]},
+                          {"role": "assistant", "content": [{"type": "text", "text": "<think>c</think>"},
+                                                            {"type": "text", "text": "7"}]}]},
+            ("q", "c", "7"),
+        ),
+        ({"question": "q", "response": "c\n</think>\n\n7"}, ("q", "c", "7")),  # the template began the thought
+        ({"question": "q", "chain": "c</think>", "answer": 7}, ("q", "c", "7")),
+        ({"question": "q", "chain": "so </think> ends <think>", "answer": 7}, ("q", "so </think> ends <think>", "7")),
+        ({"query": "q", "response": "c\n#### 7\nThe answer is: 7"}, ("q", "c", "7")),  # what follows is no answer
+        ({"prompt": "q", "reasoning_content": "c", "content": "7"}, ("q", "c", "7")),
+        ({"input": "q", "output": "<think>c</think>7"}, ("q", "c", "7")),
+        ({"Question": "q", "Rationale": "c", "ANSWER": "7"}, ("q", "c", "7")),
+        ({"Question": "no", "question": "q", "rationale": "c", "answer": "7"}, ("q", "c", "7")),
     ],
 )  # fmt: skip
 def test_texts_are_taken_apart_in_the_stated_order(row: dict[str, Any], expected: tuple, tmp_path: Path) -> None:
@@ -111,6 +129,86 @@ def test_a_column_of_theirs_is_never_read_as_ours(tmp_path: Path) -> None:
     first, second = TraceImport(path)
     assert first.details == {"row": theirs}
     assert second.details == {"row": theirs | {"correct": True}, "verdict": "correct"}
+
+
+def test_what_follows_an_answer_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"query": "q", "response": "c\n#### 7\nThe answer is: 7\n"}))
+    (trace,) = TraceImport(path)
+    assert trace.answer == "7" and trace.details == {"after_answer": "The answer is: 7"}
+
+
+# -- kinds of files ---------------------------------------------------------------------------------------------------
+
+ROWS = [
+    {"question": "1+1", "rationale": "one,\nmore", "answer": "2"},
+    {"question": "ü", "rationale": "c", "answer": "3"},
+]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with path.open("w", encoding="utf-8-sig", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        content = (
+            json.dumps(rows, indent=1).encode()
+            if path.name.startswith("rows.json") and "jsonl" not in path.name
+            else b"".join(map(as_line, rows))
+        )
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def as_line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode() + b"\r\n"
+
+
+@pytest.mark.parametrize("suffix", FILES)
+def test_every_kind_of_file_gives_the_same_traces_and_sets_the_same_rows_aside(suffix: str, tmp_path: Path) -> None:
+    path, aside = tmp_path / f"rows{suffix}", tmp_path / "aside.jsonl"
+    write_rows(path, [ROWS[0], {"question": "", "rationale": "c", "answer": "7"}, ROWS[1]])
+    rows = TraceImport(path, aside)
+    found = [(trace.problem, trace.chain, trace.answer, trace.index) for trace in rows]
+    assert found == [("1+1", "one,\nmore", "2", 0), ("ü", "c", "3", 2)] and rows.report.rows == 3
+    (told,) = map(json.loads, aside.read_text().splitlines())
+    assert (told["line"], told["reason"]) == (2, "no_problem") and '"rationale": "c"' in told["text"]
+    assert read_traces(path) == list(rows)
+
+
+def test_a_compressed_file_is_read_under_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(gzip.compress(as_line(ROWS[0])))
+    assert [trace.answer for trace in TraceImport(path)] == ["2"]
+
+
+def test_lines_in_a_file_named_json(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(b"\xef\xbb\xbf" + as_line(ROWS[0]) + as_line(ROWS[1]))
+    assert [trace.answer for trace in TraceImport(path)] == ["2", "3"]
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    for name, content in (("a.parquet", b"PAR1 no"), ("a.json", b'[{"question": "1+1",'), ("b.json", b"[" * 10**6)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(StoreError, match=f"{name} cannot be read to its end"):
+            list(TraceImport(tmp_path / name))
+
+
+def test_cells_without_a_text(tmp_path: Path) -> None:
+    """An empty cell is none, a long one is no damage, bytes are read as text, and what is no text is set aside."""
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"problem,question,chain,answer\n,1+1," + b"x" * 200_000 + b",2\n,1+1,c,\xff\n")
+    rows = TraceImport(path)
+    assert [(trace.problem, len(trace.chain)) for trace in rows] == [("1+1", 200_000)]
+    assert rows.report.quarantined == Counter(not_utf8=1)
+    binary = [{"question": "q", "chain": b"c", "answer": answer} for answer in (b"7", b"\xff")]
+    parquet.write_table(pyarrow.Table.from_pylist(binary), tmp_path / "rows.parquet")
+    rows = TraceImport(tmp_path / "rows.parquet")
+    assert [trace.answer for trace in rows] == ["7"] and rows.report.quarantined == Counter(not_utf8=1)
 
 
 # -- bad rows ---------------------------------------------------------------------------------------------------------
@@ -224,7 +322,7 @@ def test_one_endless_line_does_not_fill_the_memory(tmp_path: Path) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no file .*expected JSON lines"):
+    with pytest.raises(ConfigError, match=r"no file .*expected rows of traces, \.jsonl"):
         TraceImport(tmp_path / "none.jsonl")
 
 
