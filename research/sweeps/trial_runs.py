@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from research.errors import ConfigError
 from research.sweeps.grammar import quoted
+from research.sweeps.memory_errors import is_out_of_memory, kills_for_memory, was_killed_for_memory
 from research.sweeps.trial_context import TrialContext, within_trial
 
 RESULT_FILE = "trial_result.json"
@@ -35,13 +36,13 @@ _PR_SET_PDEATHSIG = 1
 class TrialFailed(RuntimeError):
     """A run that failed elsewhere or in another way than by an exception, and that run's own traceback."""
 
-    trace = ""
+    trace, out_of_memory = "", False
 
     @classmethod
-    def of(cls, told: str, trace: str) -> "TrialFailed":
-        """With the traceback, which travels between processes."""
+    def of(cls, told: str, trace: str, *, out_of_memory: bool = False) -> "TrialFailed":
+        """With the traceback and whether memory had run out, which travel between processes."""
         made = cls(told)
-        made.trace = trace
+        made.trace, made.out_of_memory = trace, out_of_memory
         return made
 
 
@@ -142,6 +143,7 @@ class TrialRuns:
             *self.plan.program, *self._overrides(context), "hydra.mode=RUN",
             f"hydra.run.dir={quoted(context.folder)}", callback,
         ]  # fmt: skip
+        kills = kills_for_memory()
         with (folder / STDERR_FILE).open("a") as errors:
             child = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=_dies_with_parent(), env=environment(),
@@ -150,8 +152,10 @@ class TrialRuns:
             code = _wait(child)
         if not result.exists():
             lines = (folder / STDERR_FILE).read_text(errors="replace").strip().splitlines()[-20:]
-            reason = f"the run's process ended with code {code} and no result; see {folder / STDERR_FILE}"
-            raise TrialFailed.of(reason, "\n".join(lines))
+            is_memory = was_killed_for_memory(code, kills)
+            told = "was killed by Linux for want of memory" if is_memory else f"ended with code {code} and no result"
+            reason = f"the run's process {told}; see {folder / STDERR_FILE}"
+            raise TrialFailed.of(reason, "\n".join(lines), out_of_memory=is_memory)
         return _read_result(result)
 
 
@@ -171,6 +175,7 @@ class WriteResult(Callback):
                 "status": "pruned" if pruned else "failed",
                 "error": f"{type(value).__name__}: {value}",
                 "traceback": trace,
+                "out_of_memory": isinstance(value, BaseException) and is_out_of_memory(value),
             }
         path = Path(config.hydra.runtime.output_dir) / RESULT_FILE
         partial = path.with_suffix(".partial")
@@ -296,7 +301,7 @@ def _read_result(path: Path) -> Any:
     if told["status"] == "pruned":
         raise TrialPruned(told["error"].partition(": ")[2])
     if told["status"] == "failed":
-        raise TrialFailed.of(told["error"], told["traceback"])
+        raise TrialFailed.of(told["error"], told["traceback"], out_of_memory=told["out_of_memory"])
     return told["returned"]
 
 

@@ -8,11 +8,9 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -21,7 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from research.loops.signals import handled
 from research.results.record import git_revision
 from research.sweeps.gpus import GpuShare
+from research.sweeps.memory_errors import is_out_of_memory
 from research.sweeps.owners import this_process
+from research.sweeps.preemption import Preemption, as_ctrl_c
 from research.sweeps.search_space import SearchSpace
 from research.sweeps.sweep_plan import SweepLimits
 from research.sweeps.trial_context import TrialContext
@@ -103,8 +103,7 @@ class TrialWork:
                 raise
             except BaseException as error:
                 self._spent(trial, started)
-                told = "out of memory: " if _is_out_of_memory(error) else ""
-                self.store.failed(number, f"{told}{reason_of(error)}", getattr(error, "trace", "") or trace_of(error))
+                self._tell_error(number, error)
                 if isinstance(error, SystemExit):  # it ends the trial, not the sweep
                     raise TrialFailed.of(reason_of(error), trace_of(error)) from error
                 raise
@@ -116,6 +115,14 @@ class TrialWork:
                 raise
         leave_out_start_up()
         return returned
+
+    def _tell_error(self, number: int, error: BaseException) -> None:
+        """Tell what a run raised: it has failed, or it did not fit into memory."""
+        trace = getattr(error, "trace", "") or trace_of(error)
+        if is_out_of_memory(error):
+            self.store.out_of_memory(number, f"out of memory: {reason_of(error)}", trace)
+        else:
+            self.store.failed(number, reason_of(error), trace)
 
     def _leave(self, number: int, told: str, answer: Callable[[], None]) -> None:
         """Answer a preemption: the trial waits, for the job that is started again or for the next command."""
@@ -309,43 +316,6 @@ def worker_seed(seed: int | None, *parts: int) -> int | None:
     return int.from_bytes(hashlib.sha256(repr((seed, *parts)).encode()).digest()[:4])
 
 
-@dataclass
-class Preemption:
-    """A cluster's launcher wants this job to leave, by a signal that it answers itself.
-
-    submitit writes the job down to be started again, and exits; or, where that is not allowed any more, raises. First
-    the trial is stopped as SIGTERM stops it, after the step that it is in and with a checkpoint.
-
-    told    name of the signal, once it has come
-    answer  the launcher's own handler, which does not come back; None where the launcher has none
-    """
-
-    told: str = ""
-    answer: Callable[[], None] | None = None
-
-    @contextmanager
-    def watched(self) -> Iterator["Preemption"]:
-        """Note the signal inside, and stop what is at work; outside the launcher's handler stands again."""
-        number = getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}", None)
-        own = signal.getsignal(number) if number is not None else None
-        if number is None or number is signal.SIGTERM or not callable(own):
-            yield self
-            return
-        handler: Callable[[int, FrameType | None], Any] = own
-
-        def note(received: int, frame: FrameType | None) -> None:
-            self.told, self.answer = signal.Signals(received).name, lambda: handler(received, frame)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-        with handled({number: note}):
-            yield self
-
-
-def as_ctrl_c(number: int, frame: FrameType | None) -> None:
-    """A handler that ends as Ctrl-C does: what is begun is told, and waits to be gone on with."""
-    raise KeyboardInterrupt(signal.Signals(number).name)
-
-
 def reason_of(error: BaseException) -> str:
     """An error in a line or two; of a run in a process of its own that run's error."""
     return str(error) if isinstance(error, TrialFailed) else f"{type(error).__name__}: {error}"
@@ -362,11 +332,6 @@ def portable(error: Exception) -> Exception:
     except Exception:
         return TrialFailed.of(reason_of(error), trace_of(error))
     return error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    names = ("MemoryError", "OutOfMemoryError")
-    return isinstance(error, MemoryError) or type(error).__name__ in names or reason_of(error).startswith(names)
 
 
 def errors_of(returns: Any) -> list[Exception]:

@@ -223,6 +223,39 @@ def test_too_many_failures_end_the_sweep(sweep: Callable[..., Sweep]) -> None:
     assert [row["state"] for row in search.rows()] == ["failed"] * 3 + ["waiting"] * 6
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        pytest.param(("hydra.sweeper.subprocess=true",), marks=SLOW),
+        pytest.param(("hydra.sweeper.mode=workers", *JOBLIB), marks=SLOW),
+    ],
+    ids=["batch", "subprocess", "workers"],
+)
+def test_what_does_not_fit_into_memory_is_infeasible_on_request(
+    more: tuple[str, ...], sweep: Callable[..., Sweep]
+) -> None:
+    """Not a failure, not tried again, not the best, though the function's lowest value lies there; on a resume too."""
+    search = sweep(
+        "x=interval(-5,5)", "fits=0", "hydra.sweeper.out_of_memory=constraint", "hydra.sweeper.max_failures=0",
+        "hydra.sweeper.retries=2", *more,
+    )  # fmt: skip
+    search.run("hydra.sweeper.n_trials=3")
+    out = search.run("hydra.sweeper.n_trials=8")
+    rows = search.rows()
+    beyond = [float(row["param:x"]) > 0 for row in rows]
+    assert search.code == 0 and len(rows) == 8 and 0 < sum(beyond) < 8, out
+    assert [row["state"] for row in rows] == [{True: "out_of_memory", False: "complete"}[far] for far in beyond]
+    assert [row["value"] == "" for row in rows] == beyond and [row["feasible"] == "False" for row in rows] == beyond
+    assert all(row["reason"].startswith("out of memory: MemoryError") for row in rows if row["value"] == "")
+    assert [row["attempts"] for row in rows] == ["1"] * 8, "each was begun once, by one of the two commands"
+    assert f"{8 - sum(beyond)} complete, {sum(beyond)} out of memory" in " ".join(out.split())
+    best = yaml.safe_load((search.folder / "optimization_results.yaml").read_text())
+    assert best["best_value"] == min(float(row["value"]) for row in rows if row["value"])
+    out = search.run("hydra.sweeper.n_trials=9", "hydra.sweeper.out_of_memory=fail")
+    assert search.code != 0 and "out_of_memory is gone (was constraint)" in " ".join(out.split()), out
+
+
 def test_a_run_that_takes_its_worker_with_it_fails_in_the_end(sweep: Callable[..., Sweep]) -> None:
     """A segmentation fault in a trial: begun again, then given up; the others are not lost."""
     search = sweep(
@@ -371,6 +404,7 @@ def test_a_point_that_is_partly_given_is_tried_once(sweep: Callable[..., Sweep])
         (["x=1,2", "seed=1,2", "hydra.sweeper.seeds=[1,2]"], "seed is searched"),
         (["x=1,2", "hydra/sweeper/study_sampler=cmaes", "hydra.sweeper.direction=[minimize,minimize]"], "one value"),
         (["x=1,2", "hydra/sweeper/study_sampler=brute_force", "hydra.sweeper.fixed={x: 1}"], "give sampler grid"),
+        (["x=1,2", "hydra.sweeper.out_of_memory=prune"], "expected fail or constraint"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_a_trial_is_made(
