@@ -187,6 +187,15 @@ class JournalStorage:
 
 
 @dataclass
+class JournalRedisStorage:
+    """The same in a Redis server, its URL without the password; all its keys begin with `prefix`."""
+
+    name: str = "journal_redis"
+    url: str | None = None
+    prefix: str = ""
+
+
+@dataclass
 class RdbStorage:
     """A database by SQLAlchemy's URL, without its password: `engine` goes to create_engine."""
 
@@ -294,7 +303,7 @@ PRUNERS = (
     WilcoxonPruner,
 )  # fmt: skip
 CONTROLS = (RandomSampler, NoPruner)
-STORAGES = (JournalStorage, RdbStorage, GrpcStorage, MemoryStorage)
+STORAGES = (JournalStorage, JournalRedisStorage, RdbStorage, GrpcStorage, MemoryStorage)
 
 
 def register() -> None:

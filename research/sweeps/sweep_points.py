@@ -51,7 +51,7 @@ def top_up(store: TrialStore, space: SearchSpace, target: int, given: Sequence[M
 
     Under a lock where the storage has one: of two commands the second sees the points that the first has added.
     """
-    with store.terms.storage.exclusively():
+    with store.exclusively():
         _top_up(store, space, target, given)
 
 

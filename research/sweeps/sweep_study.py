@@ -116,7 +116,7 @@ def claim_control(store: TrialStore, stale_s: float) -> None:
     """
     beats, first = Beats(stale_s), store.study().user_attrs.get(CONTROLLER) or {}
     while True:
-        with store.terms.storage.exclusively():  # two that look at the same moment must not both find nobody
+        with store.exclusively():  # two that look at the same moment must not both find nobody
             held = store.study().user_attrs.get(CONTROLLER) or {}
             if not held or is_this_process(held) or beats.is_stale(0, held):
                 beat_control(store, 0)

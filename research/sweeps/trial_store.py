@@ -8,7 +8,7 @@ was interrupted waits again, with its number, its values and its folder.
 import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from research.errors import ConfigError
@@ -62,6 +62,10 @@ class TrialStore:
         if self._storage is None:
             self._storage = self.terms.storage.open()
         return self._storage
+
+    def exclusively(self) -> AbstractContextManager[None]:
+        """The lock of this study, where its storage has one."""
+        return self.terms.storage.exclusively(self.terms.name)
 
     def study(self, sampler: Any = None) -> "optuna.Study":
         """Optuna's study, read anew; with the sweep's pruner, and a sampler that draws nothing where none is given."""
@@ -149,7 +153,7 @@ class TrialStore:
             is_meant = added_by is None or trial.user_attrs.get("added_by") == added_by
             if trial.state is TrialState.WAITING and is_meant and "folder" not in trial.user_attrs:
                 try:
-                    with self.terms.storage.exclusively():
+                    with self.exclusively():
                         taken = self.storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING)
                 except UpdateFinishedTrialError:
                     continue
@@ -172,7 +176,7 @@ class TrialStore:
         if trial_id is None:
             return None
         hangs_on_others = self.terms.sampler["name"] in DRAWN_ALONE
-        lock = self.terms.storage.exclusively if hangs_on_others else nullcontext
+        lock = self.exclusively if hangs_on_others else nullcontext
         try:
             with lock(), drawing_beside_infinite(self.terms):
                 trial = optuna.trial.Trial(self.study(self._sampler), trial_id)
@@ -189,7 +193,7 @@ class TrialStore:
         from optuna.trial import TrialState
 
         study_id = self.storage.get_study_id_from_name(self.terms.name)
-        with self.terms.storage.exclusively():
+        with self.exclusively():
             for waiting in self.storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.WAITING,)):
                 try:
                     if self.storage.set_trial_state_values(waiting._trial_id, state=TrialState.RUNNING):
@@ -207,7 +211,7 @@ class TrialStore:
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
-        with self.terms.storage.exclusively():
+        with self.exclusively():
             trial = self.trial(number)
             lease = trial.user_attrs.get("lease") or {}
             if trial.state is TrialState.RUNNING:
@@ -299,7 +303,7 @@ class TrialStore:
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
-        with self.terms.storage.exclusively():
+        with self.exclusively():
             trial = self.trial(number)
             attempts = int(trial.user_attrs.get("attempts", 0))
             if trial.state is not TrialState.RUNNING or lease not in (ANY, trial.user_attrs.get("lease")):
