@@ -49,7 +49,7 @@ def build_sweep_report(store: TrialStore, sweep_dir: Path, compose: Compose | No
 
 
 def trial_row(trial: "FrozenTrial", terms: SweepTerms) -> dict[str, Any]:
-    """One trial as a row: number, state, values, parameters, where it lies, what it took and why it failed."""
+    """One trial as a row: number, state, values, parameters, seed, what it took, why it failed, and where it lies."""
     attrs = trial.user_attrs
     begun = attrs.get("begun", {})
     has_none = trial.values is None or ran_out_of_memory(trial)
@@ -63,6 +63,7 @@ def trial_row(trial: "FrozenTrial", terms: SweepTerms) -> dict[str, Any]:
         **{f"param:{name}": value for name, value in trial.params.items()},
         **{f"metric:{name}": attrs.get("metrics", {}).get(name) for name in terms.constraints},
         "feasible": is_feasible(trial) if trial.constraints else None,
+        "seed": attrs.get("seed"),
         "last_step": max(trial.intermediate_values, default=None),
         "seconds": attrs.get("seconds"),
         "started_at": begun.get("at"),

@@ -25,7 +25,7 @@ from research.sweeps.preemption import Preemption, as_ctrl_c
 from research.sweeps.search_space import SearchSpace
 from research.sweeps.sweep_plan import SweepLimits
 from research.sweeps.trial_context import TrialContext
-from research.sweeps.trial_runs import TrialFailed, TrialRuns, plain_returned, refuse_in_a_rank
+from research.sweeps.trial_runs import TrialFailed, TrialRuns, plain_returned, refuse_in_a_rank, where_it_began
 from research.sweeps.trial_store import TrialStore
 from research.sweeps.trial_values import trace_of, values_of
 
@@ -81,7 +81,9 @@ class TrialWork:
                 trial.set_user_attr("folder", context.folder)
             now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
             # one entry, since each one is a write that waits for the disk or the database
-            trial.set_user_attr("begun", {"at": now, "host": os.uname().nodename, "revision": _revision()})
+            trial.set_user_attr(
+                "begun", {"at": now, "host": os.uname().nodename, "revision": _revision(where_it_began())}
+            )
             try:
                 returned = self.runs.run(
                     context,
@@ -97,9 +99,7 @@ class TrialWork:
             except KeyboardInterrupt as stopped:
                 with handled({signal.SIGTERM: lambda *_: None}):  # a cluster sends it while a job leaves
                     self._spent(trial, started)
-                    if leave.answer is not None:
-                        self._leave(number, leave.told, leave.answer)
-                    self.store.interrupted(number, f"stopped: {stopped}".strip(": "), counts=False)
+                    self._tell_stop(number, stopped, leave)
                 raise
             except BaseException as error:
                 self._spent(trial, started)
@@ -107,12 +107,8 @@ class TrialWork:
                 if isinstance(error, SystemExit):  # it ends the trial, not the sweep
                     raise TrialFailed.of(reason_of(error), trace_of(error)) from error
                 raise
-            try:
-                self._spent(trial, started)
-                self.store.complete(number, result)
-            except (TypeError, ValueError) as error:  # of what was told, not of a storage that is away
-                self.store.failed(number, f"its result cannot be told: {reason_of(error)}", trace_of(error))
-                raise
+            self._spent(trial, started)
+            self._tell_result(number, result)
         leave_out_start_up()
         return returned
 
@@ -123,6 +119,18 @@ class TrialWork:
             self.store.out_of_memory(number, f"out of memory: {reason_of(error)}", trace)
         else:
             self.store.failed(number, reason_of(error), trace)
+
+    def _tell_result(self, number: int, result: Any) -> None:
+        try:
+            self.store.complete(number, result)
+        except (TypeError, ValueError) as error:  # of what was told, not of a storage that is away
+            self.store.failed(number, f"its result cannot be told: {reason_of(error)}", trace_of(error))
+            raise
+
+    def _tell_stop(self, number: int, stopped: KeyboardInterrupt, leave: Preemption) -> None:
+        if leave.answer is not None:
+            self._leave(number, leave.told, leave.answer)
+        self.store.interrupted(number, f"stopped: {stopped}".strip(": "), counts=False)
 
     def _leave(self, number: int, told: str, answer: Callable[[], None]) -> None:
         """Answer a preemption: the trial waits, for the job that is started again or for the next command."""
@@ -154,6 +162,9 @@ class TrialWork:
     def _spent(self, trial: "Trial", started: float) -> None:
         before = float(trial.user_attrs.get("seconds", 0.0))
         trial.set_user_attr("seconds", before + time.perf_counter() - started)
+        seed = self.runs.seed_seen()
+        if seed is not None:
+            trial.set_user_attr("seed", seed)
 
     def _note_seed(self, trial: "Trial", seed: str, result: Any) -> None:
         """Keep a seed's result, report it to the pruner, and stop the trial where that says so."""
@@ -198,6 +209,7 @@ class BatchTask:
         if not self.work.store.holds(number, self.controller):
             raise TakenElsewhere(f"trial {number} has ended or is another process's: this job has nothing to do")
         folder = str(hydra.runtime.output_dir)
+        self.work.runs.see_seed(cfg)
         overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
         try:
             return self.work.work_on(number, overrides, lambda: self.task(cfg), folder)
@@ -289,10 +301,16 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
+def _begun() -> dict[str, Any]:
+    """When and where a run begins, and of which code."""
+    now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+    return {"at": now, "host": os.uname().nodename, "revision": _revision(where_it_began())}
+
+
 @functools.cache
-def _revision() -> str | None:
-    """The commit of the working folder's checkout, marked where files differ from it."""
-    found = git_revision(Path.cwd())
+def _revision(folder: str | None) -> str | None:
+    """The commit of the checkout in which the command was given, marked where files differ from it."""
+    found = git_revision(Path(folder or Path.cwd()))
     return f"{found['commit']}{'+' if found['dirty'] else ''}" if found["commit"] else None
 
 

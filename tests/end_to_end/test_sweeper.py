@@ -297,8 +297,39 @@ def test_a_trial_is_the_mean_over_its_seeds(alone: bool, sweep: Callable[..., Sw
     first, second = search.rows()
     assert float(first["value"]) == pytest.approx(1.03) and float(second["value"]) == pytest.approx(0.03)
     assert float(first["value_sd"]) == pytest.approx(0.03)
-    assert first["seeds"] == "0 3 6"
+    assert first["seeds"] == "0 3 6" and first["seed"] == "", "each of them, not one"
     assert sorted(path.name for path in (search.folder / "0").glob("seed_*")) == ["seed_0", "seed_3", "seed_6"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        pytest.param(("hydra.sweeper.mode=workers",), marks=SLOW),
+        pytest.param(("hydra.sweeper.mode=workers", "hydra.sweeper.subprocess=true"), marks=SLOW),
+    ],
+    ids=["batch", "workers", "subprocess"],
+)
+def test_the_table_tells_seed_duration_and_revision(
+    more: tuple[str, ...], sweep: Callable[..., Sweep], tmp_path: Path
+) -> None:
+    """The revision is that of the folder in which the command was given, whatever folder the runs are in."""
+    repository = tmp_path / "repository"
+    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "init", "-q", str(repository)], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    search = sweep("x=1,2", "hydra/sweeper/study_sampler=grid", "sleep=0.5", "hydra.job.chdir=true", *more)
+    told = []
+    for given in ("hydra.sweeper.n_trials=1", "seed=7"):
+        command = [*search.command(given), "hydra.sweeper.on_change=allow"]
+        told.append(subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=240))
+    rows = search.rows()
+    assert [row["seed"] for row in rows] == ["0", "7"], told
+    assert all(row["revision"] == commit for row in rows), "the same in every mode"
+    assert all(0.5 < float(row["seconds"]) < 60 for row in rows)
+    assert [row["number"] for row in rows] == ["0", "1"] and [row["param:x"] for row in rows] == ["1", "2"]
+    assert [row["folder"] for row in rows] == [str(search.folder / number) for number in "01"]
 
 
 @SLOW
