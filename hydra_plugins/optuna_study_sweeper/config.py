@@ -187,6 +187,15 @@ class JournalStorage:
 
 
 @dataclass
+class JournalRedisStorage:
+    """The same in a Redis server, its URL without the password; all its keys begin with `prefix`."""
+
+    name: str = "journal_redis"
+    url: str | None = None
+    prefix: str = ""
+
+
+@dataclass
 class RdbStorage:
     """A database by SQLAlchemy's URL, without its password: `engine` goes to create_engine."""
 
@@ -231,6 +240,7 @@ class OptunaStudyConf:
     enqueue       points to try first
     copy_from     {storage: {...}, study_name: ...}: finished trials that the sampler shall know
     resume        auto, must, never; on_change: refuse or allow another search under the same name
+    out_of_memory fail: such a trial has failed; constraint: it is infeasible, and the sampler learns to keep away
     retries       how often a failed point is tried again; max_attempts: how often an interrupted trial is begun
     max_failures, max_failure_rate, timeout, target, patience   when the sweep ends before its last trial
     subprocess    every run in a process of its own
@@ -267,6 +277,7 @@ class OptunaStudyConf:
     copy_from: Any = None
     resume: str = "auto"
     on_change: str = "refuse"
+    out_of_memory: str = "fail"
     retries: int = 0
     max_attempts: int = 5
     max_failures: int | None = None
@@ -292,7 +303,7 @@ PRUNERS = (
     WilcoxonPruner,
 )  # fmt: skip
 CONTROLS = (RandomSampler, NoPruner)
-STORAGES = (JournalStorage, RdbStorage, GrpcStorage, MemoryStorage)
+STORAGES = (JournalStorage, JournalRedisStorage, RdbStorage, GrpcStorage, MemoryStorage)
 
 
 def register() -> None:

@@ -52,6 +52,15 @@ class Parameter:
             return {self.name}
         return {text.partition("=")[0].lstrip("+") for choice in self.choices for text in choice.overrides}
 
+    def suggest(self, trial: Any) -> Any:
+        """A value, as Optuna's trial draws it."""
+        if self.choices:
+            return trial.suggest_categorical(self.name, [choice.stored for choice in self.choices])
+        if self.is_int:
+            low, high, step = int(self.low), int(self.high), int(self.step or 1)
+            return trial.suggest_int(self.name, low, high, step=step, log=self.log)
+        return trial.suggest_float(self.name, self.low, self.high, step=self.step, log=self.log)
+
     def exists(self, chosen: Mapping[str, Any]) -> bool:
         """Whether the parameter exists beside the values that were chosen before it."""
         return all(name in chosen and _among(chosen[name], values) for name, values in self.when)

@@ -1,4 +1,4 @@
-"""Where a sweep's study is kept: a journal file, a database, another process or memory, by the names that configs use.
+"""Where a sweep's study is kept: a journal file or Redis, a database, another process or memory, by configs' names.
 
 Imports Optuna when a storage is opened, and nothing of it before: every command loads this module's neighbours.
 """
@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,22 +21,24 @@ from urllib.parse import parse_qsl, urlsplit
 from research.errors import ConfigError
 from research.results.record import is_secret
 from research.schemas import nearest
+from research.sweeps.storage_locks import file_lock, postgres_lock, redis_lock
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
-STORAGES = ("journal", "rdb", "grpc", "memory")
+STORAGES = ("journal", "journal_redis", "rdb", "grpc", "memory")
+REDIS_URLS = ("redis://", "rediss://", "unix://")
 MAKING_TABLES = 10  # attempts of a command that meets others at the making of a database's tables
 _IN_MEMORY: dict[str, Any] = {}
-_LOCKS = threading.local()  # the files that this thread has locked
+_LOCKS = threading.local()  # what this thread has locked
 
 
 @dataclass(frozen=True)
 class StorageSpec:
     """Where a study is kept, small enough to travel to a worker on another machine.
 
-    name   journal: an append-only file at `path`; rdb: a database at `url`; grpc: Optuna's proxy at host and port;
-           memory: this process alone
+    name   journal: an append-only file at `path`; journal_redis: the same in the Redis server at `url`, under keys that
+           begin with `prefix`; rdb: a database at `url`; grpc: Optuna's proxy at host and port; memory: this process
     """
 
     name: str
@@ -45,45 +47,57 @@ class StorageSpec:
     host: str = "localhost"
     port: int = 13000
     engine: Mapping[str, Any] = field(default_factory=dict)
+    prefix: str = ""
 
     def open(self) -> "BaseStorage":
         """The storage, opened. Raises ConfigError where it cannot be reached or written."""
-        return {"journal": self._journal, "rdb": self._rdb, "grpc": self._grpc, "memory": self._memory}[self.name]()
+        kinds = {
+            "journal": self._journal, "journal_redis": self._redis, "rdb": self._rdb, "grpc": self._grpc,
+            "memory": self._memory,
+        }  # fmt: skip
+        return kinds[self.name]()
 
     @contextmanager
-    def exclusively(self) -> Iterator[None]:
+    def exclusively(self, study: str) -> Iterator[None]:
         """Inside, no other process that asks here changes a trial's state, or draws or adds what hangs on the others.
 
-        A lock on a file beside a journal or an SQLite file; inside itself it is nothing. A database with a server and
-        gRPC offer none: there Optuna's own compare-and-swap guards the taking of a trial, and the rest by chance alone.
+        A lock beside a journal or an SQLite file, or of the study in PostgreSQL or Redis; inside itself it is nothing.
+        Other databases and gRPC offer none: there Optuna's own compare-and-swap guards the taking of a trial, and the
+        rest by chance alone.
         """
-        path = self._lock_path()
-        held: set[Path] = _LOCKS.__dict__.setdefault("held", set())
-        if path is None or path in held:
+        key, lock = self._lock(study)
+        held: set[str] = _LOCKS.__dict__.setdefault("held", set())
+        if lock is None or key in held:
             yield
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:  # its closing lets the next one in, whatever signal comes between
-            fcntl.flock(file, fcntl.LOCK_EX)
-            held.add(path)
+        with lock:
+            held.add(key)
             try:
                 yield
             finally:
-                held.discard(path)
+                held.discard(key)
 
-    def _lock_path(self) -> Path | None:
+    def _lock(self, study: str) -> tuple[str, AbstractContextManager[None] | None]:
+        """What the lock is known by in this process, and the lock; None where there is none."""
+        url, file = os.path.expandvars(self.url or ""), ""
         if self.name == "journal":  # Optuna's own lock of the journal is another file: it is taken inside
-            return Path(f"{self.path}.exclusive.lock")
-        file = urlsplit(self.url or "").path
-        if self.name != "rdb" or not (self.url or "").startswith("sqlite") or not file.strip("/"):
-            return None
-        return Path(file.removeprefix("/") + ".lock")
+            file = f"{self.path}.exclusive.lock"
+        elif self.name == "rdb" and url.startswith("sqlite") and urlsplit(url).path.strip("/"):
+            file = urlsplit(url).path.removeprefix("/") + ".lock"
+        if file:
+            return file, file_lock(Path(file))
+        if self.name == "journal_redis":
+            return f"{url} {study}", redis_lock(url, f"{self.prefix}:exclusive:{study}")
+        if self.name == "rdb" and url.startswith("postgresql"):
+            return f"{url} {study}", postgres_lock(url, self.engine, f"sweep {study}")
+        return "", None
 
     def described(self) -> str:
         """The storage in a few words, passwords left out."""
         if self.name == "grpc":
             return f"grpc://{self.host}:{self.port}"
-        return str({"journal": self.path, "rdb": _without_password(self.url or "")}.get(self.name, "memory"))
+        url = _without_password(self.url or "")
+        return str({"journal": self.path, "rdb": url, "journal_redis": url}.get(self.name, "memory"))
 
     def _journal(self) -> "BaseStorage":
         from optuna.storages import JournalStorage
@@ -104,6 +118,26 @@ class StorageSpec:
         except ValueError as error:
             raise ConfigError(
                 f"{path} is no journal of Optuna ({error}); give another hydra.sweeper.storage.path"
+            ) from None
+
+    def _redis(self) -> "BaseStorage":
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalRedisBackend
+
+        try:
+            import redis
+        except ImportError as error:
+            raise missing_package("storage journal_redis", error) from None
+        url = os.path.expandvars(self.url or "")
+        try:
+            with redis.Redis.from_url(url, socket_connect_timeout=10) as client:
+                client.ping()
+            with experimental():
+                return JournalStorage(JournalRedisBackend(url, prefix=self.prefix))
+        except (redis.exceptions.RedisError, ValueError) as error:
+            raise ConfigError(
+                f"the Redis server {self.described()} cannot be used: {error}; give hydra.sweeper.storage.url such as "
+                "redis://host:6379/0, and a password as the name of an environment variable: redis://:$NAME@host:6379/0"
             ) from None
 
     def _rdb(self) -> "BaseStorage":
@@ -191,7 +225,10 @@ def storage_spec(node: Mapping[str, Any], sweep_dir: Path) -> StorageSpec:
     """The storage that a config names. Raises ConfigError for a name, a key or a URL that cannot be used."""
     given = {str(key): value for key, value in node.items()}
     name = one_of(given.pop("name", None), STORAGES, "storage")
-    known = {"journal": {"path"}, "rdb": {"url", "engine"}, "grpc": {"host", "port"}, "memory": set()}[name]
+    known = {
+        "journal": {"path"}, "journal_redis": {"url", "prefix"}, "rdb": {"url", "engine"}, "grpc": {"host", "port"},
+        "memory": set(),
+    }[name]  # fmt: skip
     for key in given.keys() - known:
         raise ConfigError(
             f"hydra.sweeper.storage.{key} is no key of storage {name}; its keys: {', '.join(sorted(known))}"
@@ -202,17 +239,30 @@ def storage_spec(node: Mapping[str, Any], sweep_dir: Path) -> StorageSpec:
         return StorageSpec(name, path=f"memory of process {os.getpid()}")
     if name == "grpc":
         return StorageSpec(name, host=given.get("host") or "localhost", port=int(given.get("port") or 13000))
-    url = given.get("url")
+    url = str(given.get("url") or "")
+    _check_url(name, url)
+    if name == "journal_redis":
+        return StorageSpec(name, url=url, prefix=str(given.get("prefix") or ""))
+    return StorageSpec(name, url=_with_whole_path(url), engine=dict(given.get("engine") or {}))
+
+
+def _check_url(name: str, url: str) -> None:
+    """Raise ConfigError for none, one that holds a password, or one that is no Redis server's."""
+    example = "redis://host:6379/0" if name == "journal_redis" else "sqlite:///sweep.db"
     if not url:
-        raise ConfigError("hydra/sweeper/study_storage=rdb needs hydra.sweeper.storage.url, such as sqlite:///sweep.db")
-    parts = urlsplit(str(url))
+        raise ConfigError(f"hydra/sweeper/study_storage={name} needs hydra.sweeper.storage.url, such as {example}")
+    parts = urlsplit(url)
     in_query = [value for key, value in parse_qsl(parts.query) if is_secret(key)]
     if any(secret and not secret.startswith("$") for secret in (parts.password, *in_query)):
         raise ConfigError(
             "hydra.sweeper.storage.url holds a password, and configs are written to disk; give it in PGPASSWORD or "
-            "~/.pgpass, or as the name of an environment variable: postgresql://user:$NAME@host/sweeps"
+            f"~/.pgpass, or as the name of an environment variable: {parts.scheme}://user:$NAME@host"
         )
-    return StorageSpec(name, url=_with_whole_path(str(url)), engine=dict(given.get("engine") or {}))
+    if name == "journal_redis" and not url.startswith(REDIS_URLS):
+        raise ConfigError(
+            f"hydra.sweeper.storage.url is {_without_password(url)}; storage journal_redis expects one that begins "
+            f"with {', '.join(REDIS_URLS)}"
+        )
 
 
 @contextmanager

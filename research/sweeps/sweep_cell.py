@@ -30,6 +30,7 @@ from research.sweeps.grammar import quoted
 from research.sweeps.jobs import trial_cell
 from research.sweeps.sweep_command import sweep
 from research.sweeps.sweep_options import normalised
+from research.sweeps.trial_constraints import is_feasible
 from research.sweeps.trial_store import TrialStore
 from research.sweeps.trial_values import refuse_test_monitor
 
@@ -107,6 +108,7 @@ def search_metrics(store: TrialStore) -> dict[str, float]:
                              which of several objectives are those that no other beats, and of all trials that ended
     search/hypervolume       of two objectives with a box: the share of it that the trials dominate
     search/complete, pruned, failed   trials that ended so; search/seconds: of all of them
+    search/out_of_memory     those that are infeasible because of it, where there are such
     """
     counts, best = store.counts(), store.best_trials()
     found = {
@@ -115,6 +117,7 @@ def search_metrics(store: TrialStore) -> dict[str, float]:
         "search/failed": float(counts.failed),
         "search/seconds": sum(float(trial.user_attrs.get("seconds", 0.0)) for trial in store.trials()),
     }
+    found |= {"search/out_of_memory": float(counts.out_of_memory)} if counts.out_of_memory else {}
     if not best:
         return found
     found |= {"search/best": float(best[0].values[0]), "search/best_trial": float(best[0].number)}
@@ -134,7 +137,7 @@ def _shares(prefix: str, params: Sequence[Mapping[str, Any]]) -> dict[str, float
 
 
 def search_curve(store: TrialStore) -> list[dict[str, float | None]]:
-    """The best value so far after every trial that ended, against trials (`step`), seconds and FLOPs of all."""
+    """The best feasible value after every trial that ended, against trials (`step`), seconds and FLOPs of all."""
     sign = -1.0 if store.terms.directions[0] == "maximize" else 1.0
     rows: list[dict[str, float | None]] = []
     best, seconds, flops = float("inf"), 0.0, 0.0
@@ -142,7 +145,7 @@ def search_curve(store: TrialStore) -> list[dict[str, float | None]]:
     for number, trial in enumerate(sorted(ended, key=lambda one: one.datetime_complete or one.number), 1):
         seconds += float(trial.user_attrs.get("seconds", 0.0))
         flops += _flops(trial.user_attrs.get("folder"))
-        if trial.state.name == "COMPLETE":
+        if trial.state.name == "COMPLETE" and is_feasible(trial):
             best = min(best, sign * float(trial.values[0]))
         row: dict[str, float | None] = {"step": float(number), "spent_flops": flops, "spent_seconds": seconds}
         rows.append({**row, "spent_tokens": None, "search/best": sign * best if best < float("inf") else None})

@@ -87,13 +87,7 @@ def sweep(
     )
     _make_folder(sweep_dir)
     quiet = quiet_launches(config)
-    remembered = {
-        "space": space.described(),
-        "fixed": sorted(fixed),
-        "seeds": list(options["seeds"]),
-        "directions": list(terms.directions),
-        "objectives": list(terms.objectives),
-    }
+    remembered = _remembered(space, fixed, options, terms)
     controller = SweepController(
         plan, work, task, lambda wrapped: launcher_for(wrapped, quiet), remembered, folders_of(loader, config)
     )
@@ -109,6 +103,21 @@ def sweep(
     finally:
         if begun:  # the report of a sweep that another command controls is that command's
             _report(work.store, sweep_dir, composer(loader, str(config.hydra.job.config_name), own), is_shown)
+
+
+def _remembered(
+    space: SearchSpace, fixed: Sequence[str], options: Mapping[str, Any], terms: SweepTerms
+) -> dict[str, Any]:
+    """What must be the same when the sweep goes on."""
+    return {
+        "space": space.described(),
+        "fixed": sorted(fixed),
+        "seeds": list(options["seeds"]),
+        "directions": list(terms.directions),
+        "objectives": list(terms.objectives),
+        **({"constraints": dict(terms.constraints)} if terms.constraints else {}),
+        **({"out_of_memory": terms.out_of_memory} if terms.out_of_memory != "fail" else {}),
+    }
 
 
 def refuse_fruitless(store: TrialStore, returns: Sequence[Any] = ()) -> None:

@@ -14,6 +14,7 @@ from research.errors import ConfigError
 from research.loops.signals import handled
 from research.sweeps.grammar import quoted
 from research.sweeps.owners import is_alive, is_same_machine, is_this_process
+from research.sweeps.preemption import as_ctrl_c
 from research.sweeps.repeating import repeating
 from research.sweeps.sweep_plan import SweepPlan
 from research.sweeps.sweep_points import copy_trials, points_by_hand, study_to_copy, top_up, trial_target
@@ -30,7 +31,6 @@ from research.sweeps.trial_work import (
     BatchTask,
     TrialWork,
     WorkerTask,
-    as_ctrl_c,
     failed_jobs,
     worker_seed,
 )

@@ -14,6 +14,7 @@ from research.sweeps.search_space import SearchSpace
 from research.sweeps.storages import storage_spec
 from research.sweeps.sweep_plan import SweepLimits, SweepPlan
 from research.sweeps.sweep_terms import SweepTerms
+from research.sweeps.trial_constraints import ON_OUT_OF_MEMORY, OUT_OF_MEMORY
 from research.sweeps.trial_context import application_program
 from research.sweeps.trial_runs import RunPlan, own_program
 
@@ -56,6 +57,35 @@ def sweep_terms_of(options: Mapping[str, Any], space: SearchSpace, sweep_dir: Pa
             "hydra.sweeper.sampler.multivariate draws conditional parameters independently, and without saying so, "
             "where group is false; leave group to null"
         )
+    _check_engines(sampler, pruner, directions, options)
+    if not 0 < float(options["lease_s"]) < float(options["stale_s"]):
+        raise ConfigError(
+            f"hydra.sweeper.lease_s is {options['lease_s']} and stale_s {options['stale_s']}; a trial must give "
+            "several signs of life before it counts as interrupted"
+        )
+    _check_constraints(options, objectives)
+    return SweepTerms(
+        storage=storage_spec(options["storage"] or {}, sweep_dir),
+        name=options["study_name"] or sweep_dir.name,
+        directions=directions,
+        objectives=objectives,
+        constraints={str(key): float(bound) for key, bound in options["constraints"].items()},
+        box=_box(options["hypervolume"], objectives),
+        sampler=sampler,
+        pruner=pruner,
+        fixed=space.check_point(options["fixed"], "fixed"),
+        lease_s=float(options["lease_s"]),
+        stale_s=float(options["stale_s"]),
+        max_attempts=int(options["max_attempts"]),
+        retries=int(options["retries"]),
+        out_of_memory=options["out_of_memory"],
+    )
+
+
+def _check_engines(
+    sampler: Mapping[str, Any], pruner: Mapping[str, Any], directions: Sequence[str], options: Mapping[str, Any]
+) -> None:
+    """Raise ConfigError for a sampler or a pruner that cannot be built, or not for this search."""
     build_sampler(sampler, None)
     build_pruner(pruner)
     name = pruner.get("name")
@@ -75,31 +105,22 @@ def sweep_terms_of(options: Mapping[str, Any], space: SearchSpace, sweep_dir: Pa
             "sampler brute_force would wait for the values that hydra.sweeper.fixed leaves out; give sampler grid, "
             "which tries every point that is left"
         )
-    if not 0 < float(options["lease_s"]) < float(options["stale_s"]):
-        raise ConfigError(
-            f"hydra.sweeper.lease_s is {options['lease_s']} and stale_s {options['stale_s']}; a trial must give "
-            "several signs of life before it counts as interrupted"
-        )
+
+
+def _check_constraints(options: Mapping[str, Any], objectives: Sequence[str]) -> None:
+    given = options["out_of_memory"]
+    if given not in ON_OUT_OF_MEMORY:
+        raise ConfigError(f"hydra.sweeper.out_of_memory is {given!r}; expected {' or '.join(ON_OUT_OF_MEMORY)}")
     for key in options["constraints"]:
         if not objectives:
             raise ConfigError(
                 f"constraints.{key} bounds a returned metric, so the task must return a mapping; set objectives"
             )
-    return SweepTerms(
-        storage=storage_spec(options["storage"] or {}, sweep_dir),
-        name=options["study_name"] or sweep_dir.name,
-        directions=directions,
-        objectives=objectives,
-        constraints={str(key): float(bound) for key, bound in options["constraints"].items()},
-        box=_box(options["hypervolume"], objectives),
-        sampler=sampler,
-        pruner=pruner,
-        fixed=space.check_point(options["fixed"], "fixed"),
-        lease_s=float(options["lease_s"]),
-        stale_s=float(options["stale_s"]),
-        max_attempts=int(options["max_attempts"]),
-        retries=int(options["retries"]),
-    )
+        if str(key) == OUT_OF_MEMORY:
+            raise ConfigError(
+                f"constraints.{key} has the name under which the sweeper keeps what ran out of memory; give the metric "
+                "another name"
+            )
 
 
 def _box(given: Mapping[str, Any], objectives: Sequence[str]) -> dict[str, tuple[float, float]]:

@@ -1,12 +1,15 @@
 """How a sweep is to be run: its target, its way of running, and the limits that end it before."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from research.errors import ConfigError
-from research.sweeps.trial_store import TrialStore, is_retried
+from research.sweeps.trial_constraints import is_feasible, ran_out_of_memory
+from research.sweeps.trial_store import TrialStore
+from research.sweeps.trial_values import is_retried
 
 MODES = ("batch", "workers")
 
@@ -17,7 +20,8 @@ class SweepLimits:
 
     timeout           seconds of this command
     target            value of the one objective that is good enough
-    patience          finished trials in a row without a better value
+    patience          finished trials in a row without a better value that is feasible; pruned, failed and out-of-memory
+                      ones are left out
     max_failures      failed trials that are borne
     max_failure_rate  share of the finished trials, of at least ten
     """
@@ -39,9 +43,9 @@ class SweepLimits:
             return None
         trials = [trial for trial in store.trials() if trial.state.is_finished() and not is_retried(trial)]
         self._check_failures([trial for trial in trials if trial.state is TrialState.FAIL], len(trials), store)
-        values = [float(trial.values[0]) for trial in trials if trial.state is TrialState.COMPLETE]
         sign = -1.0 if store.terms.directions[0] == "maximize" else 1.0
-        signed = [sign * value for value in values]
+        complete = [t for t in trials if t.state is TrialState.COMPLETE and not ran_out_of_memory(t)]
+        signed = [sign * float(t.values[0]) if is_feasible(t) else math.inf for t in complete]
         best = store.best_trials() if self.target is not None else []
         if self.target is not None and best and sign * best[0].values[0] <= sign * self.target:
             return f"the target {self.target} is reached"

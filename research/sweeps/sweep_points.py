@@ -12,10 +12,12 @@ from research.sweeps.search_space import SearchSpace
 from research.sweeps.storages import storage_spec
 from research.sweeps.sweep_plan import SweepPlan
 from research.sweeps.sweep_terms import SweepTerms
+from research.sweeps.trial_constraints import overstepped, overstepped_without_memory, ran_out_of_memory
 from research.sweeps.trial_store import TrialStore
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.trial import FrozenTrial
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def top_up(store: TrialStore, space: SearchSpace, target: int, given: Sequence[M
 
     Under a lock where the storage has one: of two commands the second sees the points that the first has added.
     """
-    with store.terms.storage.exclusively():
+    with store.exclusively():
         _top_up(store, space, target, given)
 
 
@@ -104,20 +106,32 @@ def copy_trials(other: "optuna.Study", store: TrialStore, space: SearchSpace) ->
     copied, left_out = 0, 0
     for trial in other.get_trials(deepcopy=True):
         point, mark = trial.params, f"{other.study_name}/{trial.number}"
+        constraints = _constraints_here(trial, store.terms)
         is_known = set(point) <= space.names and trial.state is optuna.trial.TrialState.COMPLETE
-        if not is_known or not all(by_name[key].contains(value) for key, value in point.items()):
+        if not is_known or constraints is None or not all(by_name[key].contains(value) for key, value in point.items()):
             left_out += 1
         elif mark not in there:
             study.add_trial(
                 optuna.trial.create_trial(
                     values=trial.values, params=point, distributions=trial.distributions,
-                    user_attrs={"copied_from": mark},
+                    user_attrs={"copied_from": mark}, constraints=constraints,
                 )
             )  # fmt: skip
             copied += 1
     log.info(
-        "copied %s trials of %s; %s left out: not complete, or outside this search", copied, other.study_name, left_out
+        "copied %s trials of %s; %s left out: not complete, outside this search, or without a metric that it bounds",
+        copied,
+        other.study_name,
+        left_out,
     )
+
+
+def _constraints_here(trial: "FrozenTrial", terms: SweepTerms) -> dict[str, float] | None:
+    """How far another study's trial oversteps this search's constraints; None: it cannot be known."""
+    if ran_out_of_memory(trial):
+        return overstepped_without_memory(terms) if terms.out_of_memory == "constraint" else None
+    metrics = trial.user_attrs.get("metrics", {})
+    return overstepped(terms, metrics) if set(terms.constraints) <= set(metrics) else None
 
 
 def _points_of(trial: Any) -> list[Mapping[str, Any]]:

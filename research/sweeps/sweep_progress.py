@@ -80,7 +80,8 @@ class SweepDisplay:
 def told(counts: Counts) -> str:
     """The counts in words, those that are nought left out."""
     named: dict[str, int] = {
-        "complete": counts.complete, "pruned": counts.pruned, "failed": counts.failed, "running": counts.running,
+        "complete": counts.complete, "pruned": counts.pruned, "failed": counts.failed,
+        "out of memory": counts.out_of_memory, "running": counts.running,
     }  # fmt: skip
     return ", ".join(f"{number} {name}" for name, number in named.items() if number) or "none yet"
 

@@ -15,6 +15,7 @@ from research.results.record import collect_versions, write_atomic
 from research.sweeps.best_experiment import experiment_text
 from research.sweeps.sweep_progress import best_line, told
 from research.sweeps.sweep_terms import SweepTerms
+from research.sweeps.trial_constraints import is_feasible, ran_out_of_memory
 from research.sweeps.trial_store import TrialStore
 
 if TYPE_CHECKING:
@@ -48,19 +49,21 @@ def build_sweep_report(store: TrialStore, sweep_dir: Path, compose: Compose | No
 
 
 def trial_row(trial: "FrozenTrial", terms: SweepTerms) -> dict[str, Any]:
-    """One trial as a row: number, state, values, parameters, where it lies, what it took and why it failed."""
+    """One trial as a row: number, state, values, parameters, seed, what it took, why it failed, and where it lies."""
     attrs = trial.user_attrs
     begun = attrs.get("begun", {})
-    values = dict(zip(value_names(terms), trial.values or [None] * len(terms.directions), strict=True))
+    has_none = trial.values is None or ran_out_of_memory(trial)
+    values = dict(zip(value_names(terms), [None] * len(terms.directions) if has_none else trial.values, strict=True))
     spread = dict(zip(value_names(terms), attrs.get("standard_deviation", []), strict=False))
     return {
         "number": trial.number,
-        "state": "failed" if trial.state.name == "FAIL" else trial.state.name.lower(),
+        "state": state_of(trial),
         **values,
         **{f"{name}_sd": value for name, value in spread.items()},
         **{f"param:{name}": value for name, value in trial.params.items()},
         **{f"metric:{name}": attrs.get("metrics", {}).get(name) for name in terms.constraints},
-        "feasible": all(overstepped <= 0 for overstepped in trial.constraints.values()) if terms.constraints else None,
+        "feasible": is_feasible(trial) if trial.constraints else None,
+        "seed": attrs.get("seed"),
         "last_step": max(trial.intermediate_values, default=None),
         "seconds": attrs.get("seconds"),
         "started_at": begun.get("at"),
@@ -73,6 +76,13 @@ def trial_row(trial: "FrozenTrial", terms: SweepTerms) -> dict[str, Any]:
         "folder": attrs.get("folder"),
         "overrides": " ".join(attrs.get("overrides", [])) or None,
     }
+
+
+def state_of(trial: "FrozenTrial") -> str:
+    """What became of a trial, in the words of the table: out_of_memory is complete and infeasible to Optuna."""
+    if ran_out_of_memory(trial):
+        return "out_of_memory"
+    return "failed" if trial.state.name == "FAIL" else trial.state.name.lower()
 
 
 def value_names(terms: SweepTerms) -> tuple[str, ...]:
@@ -200,10 +210,10 @@ def _write_figures(store: TrialStore, folder: Path) -> list[str]:
     import matplotlib.pyplot as plt
     from optuna.visualization import matplotlib as drawn
 
-    complete = [t for t in store.trials() if t.state.name == "COMPLETE"]
+    complete = [t for t in store.trials() if state_of(t) == "complete"]
     if len(complete) < FEWEST_FOR_FIGURES:
         return []
-    study = store.study()
+    study = _with_values(store)
     wanted = {name: getattr(drawn, call) for name, call in FIGURES.items()}
     several = len(store.terms.directions) > 1
     arguments: dict[str, Any] = {}
@@ -226,3 +236,17 @@ def _write_figures(store: TrialStore, folder: Path) -> list[str]:
             written.append(f"{name}.png")
     plt.close("all")
     return written
+
+
+def _with_values(store: TrialStore) -> Any:
+    """The study for figures: where trials ran out of memory, a copy without them, since their values are infinite."""
+    import optuna
+
+    study = store.study()
+    trials = study.get_trials(deepcopy=False)
+    if not any(map(ran_out_of_memory, trials)):
+        return study
+    directions: Any = list(store.terms.directions)
+    shown = optuna.create_study(study_name=store.terms.name, directions=directions)
+    shown.add_trials([trial for trial in trials if not ran_out_of_memory(trial)])
+    return shown

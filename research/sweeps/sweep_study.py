@@ -8,6 +8,7 @@ from typing import Any
 
 from research.errors import ConfigError
 from research.sweeps.owners import Beats, is_same_machine, is_this_process, this_process
+from research.sweeps.trial_constraints import constraint_names
 from research.sweeps.trial_store import TrialStore
 
 TERMS, CONTROLLER, TICKETS = "sweep", "controller", "tickets"
@@ -21,7 +22,8 @@ def open_study(store: TrialStore, terms: Mapping[str, Any], *, resume: str, on_c
 
     A study without trials and terms, as a kill right after its making leaves it, is made to the end here.
 
-    terms      what must be the same when a sweep goes on: space, fixed overrides, objectives, directions, seeds
+    terms      what must be the same when a sweep goes on: space, fixed overrides, objectives, directions, seeds,
+               constraints
     resume     auto: go on where there is something; must: there must be; never: there must not
     on_change  refuse terms that differ from the study's, with the differences, or allow them
     Raises ConfigError for what does not agree.
@@ -114,7 +116,7 @@ def claim_control(store: TrialStore, stale_s: float) -> None:
     """
     beats, first = Beats(stale_s), store.study().user_attrs.get(CONTROLLER) or {}
     while True:
-        with store.terms.storage.exclusively():  # two that look at the same moment must not both find nobody
+        with store.exclusively():  # two that look at the same moment must not both find nobody
             held = store.study().user_attrs.get(CONTROLLER) or {}
             if not held or is_this_process(held) or beats.is_stale(0, held):
                 beat_control(store, 0)
@@ -153,6 +155,19 @@ def _refuse_directions(store: TrialStore) -> None:
         )
 
 
+def _refuse_mixed_constraints(store: TrialStore) -> None:
+    """The Gaussian process reads the constraints of all complete trials as one table."""
+    if store.terms.sampler["name"] != "gp":
+        return
+    wanted = set(constraint_names(store.terms))
+    for trial in store.study().get_trials(deepcopy=False):
+        if trial.state.name == "COMPLETE" and set(trial.constraints) != wanted:
+            raise ConfigError(
+                f"sampler gp needs the same constraints on all trials: trial {trial.number} has "
+                f"{sorted(trial.constraints)}, this search {sorted(wanted)}; give another study_name, or sampler tpe"
+            )
+
+
 def _compare(store: TrialStore, terms: Mapping[str, Any], on_change: str) -> None:
     old = store.study().user_attrs.get(TERMS)
     where = f"{store.terms.name!r} in {store.terms.storage.described()}"
@@ -171,6 +186,7 @@ def _compare(store: TrialStore, terms: Mapping[str, Any], on_change: str) -> Non
             "Optuna keeps them for the whole study. Choose another study_name; copy_from takes over what fits"
         )
     _refuse_directions(store)
+    _refuse_mixed_constraints(store)
     if lines:
         store.study().set_user_attr(TERMS, dict(terms))
 

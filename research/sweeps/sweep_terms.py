@@ -19,6 +19,7 @@ class SweepTerms:
     stale_s        seconds without one after which a trial of another machine counts as interrupted
     max_attempts   how often an interrupted trial is begun before it has failed
     retries        how often a failed trial's point is tried again, as a trial of its own
+    out_of_memory  fail: a trial that ran out of memory has failed; constraint: it is infeasible
     """
 
     storage: StorageSpec
@@ -34,22 +35,27 @@ class SweepTerms:
     stale_s: float = 60.0
     max_attempts: int = 5
     retries: int = 0
+    out_of_memory: str = "fail"
 
 
 @dataclass(frozen=True)
 class Counts:
-    """The trials of a sweep by what became of them. Failed ones that were retried, and copied ones, are left out."""
+    """The trials of a sweep by what became of them. Failed ones that were retried, and copied ones, are left out.
+
+    out_of_memory  those that are infeasible because of it; where it is a failure they are among the failed
+    """
 
     complete: int = 0
     pruned: int = 0
     failed: int = 0
     running: int = 0
     waiting: int = 0
+    out_of_memory: int = 0
 
     @property
     def finished(self) -> int:
         """Trials that count towards the target."""
-        return self.complete + self.pruned + self.failed
+        return self.complete + self.pruned + self.failed + self.out_of_memory
 
     @property
     def under_way(self) -> int:

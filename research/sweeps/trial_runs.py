@@ -20,9 +20,11 @@ from hydra.core.utils import JobReturn, JobStatus, run_job
 from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
 from research.errors import ConfigError
 from research.sweeps.grammar import quoted
+from research.sweeps.memory_errors import is_out_of_memory, kills_for_memory, was_killed_for_memory
 from research.sweeps.trial_context import TrialContext, within_trial
 
 RESULT_FILE = "trial_result.json"
@@ -35,13 +37,13 @@ _PR_SET_PDEATHSIG = 1
 class TrialFailed(RuntimeError):
     """A run that failed elsewhere or in another way than by an exception, and that run's own traceback."""
 
-    trace = ""
+    trace, out_of_memory = "", False
 
     @classmethod
-    def of(cls, told: str, trace: str) -> "TrialFailed":
-        """With the traceback, which travels between processes."""
+    def of(cls, told: str, trace: str, *, out_of_memory: bool = False) -> "TrialFailed":
+        """With the traceback and whether memory had run out, which travel between processes."""
         made = cls(told)
-        made.trace = trace
+        made.trace, made.out_of_memory = trace, out_of_memory
         return made
 
 
@@ -73,6 +75,7 @@ class TrialRuns:
 
     def __init__(self, task: TaskFunction, hydra_context: HydraContext, plan: RunPlan) -> None:
         self._task, self._hydra_context, self.plan = task, hydra_context, plan
+        self._seed: Any = None
 
     def run(
         self,
@@ -103,6 +106,15 @@ class TrialRuns:
             note(str(seed), returned[str(seed)])
         return mean_of([returned[str(seed)] for seed in self.plan.seeds])
 
+    def see_seed(self, cfg: Any) -> None:
+        """Keep the seed that a run is composed with, whoever gave it: an override, a file, `${hydra:job.num}`."""
+        self._seed = seed_in(cfg, self.plan.seed_key)
+
+    def seed_seen(self) -> Any:
+        """The seed of the run that ended; None: not known, or one of several."""
+        seed, self._seed = self._seed, None
+        return None if self.plan.seeds else seed
+
     def _one(self, context: TrialContext) -> Any:
         with within_trial(context):
             return self._in_child(context) if self.plan.subprocess else self._here(context)
@@ -117,9 +129,14 @@ class TrialRuns:
         )
         with read_write(config.hydra.job), open_dict(config.hydra.job):
             config.hydra.job.num, config.hydra.job.id = context.number, str(context.number)
+
+        def task(cfg: DictConfig) -> Any:
+            self.see_seed(cfg)
+            return self._task(cfg)
+
         done = run_job(
             hydra_context=self._hydra_context,
-            task_function=self._task,
+            task_function=task,
             config=config,
             job_dir_key="hydra.run.dir",
             job_subdir_key=None,
@@ -137,26 +154,34 @@ class TrialRuns:
         folder.mkdir(parents=True, exist_ok=True)
         result = folder / RESULT_FILE
         result.unlink(missing_ok=True)
-        callback = f"+hydra.callbacks.trial_result._target_={WriteResult.__module__}.WriteResult"
+        callback = f"{{_target_: {WriteResult.__module__}.WriteResult, seed_key: {quoted(self.plan.seed_key)}}}"
         command = [
             *self.plan.program, *self._overrides(context), "hydra.mode=RUN",
-            f"hydra.run.dir={quoted(context.folder)}", callback,
+            f"hydra.run.dir={quoted(context.folder)}", f"+hydra.callbacks.trial_result={callback}",
         ]  # fmt: skip
+        kills = kills_for_memory()
         with (folder / STDERR_FILE).open("a") as errors:
             child = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=_dies_with_parent(), env=environment(),
-                cwd=_where_it_began(),
+                cwd=where_it_began(),
             )  # fmt: skip
             code = _wait(child)
         if not result.exists():
             lines = (folder / STDERR_FILE).read_text(errors="replace").strip().splitlines()[-20:]
-            reason = f"the run's process ended with code {code} and no result; see {folder / STDERR_FILE}"
-            raise TrialFailed.of(reason, "\n".join(lines))
-        return _read_result(result)
+            is_memory = was_killed_for_memory(code, kills)
+            told = "was killed by Linux for want of memory" if is_memory else f"ended with code {code} and no result"
+            reason = f"the run's process {told}; see {folder / STDERR_FILE}"
+            raise TrialFailed.of(reason, "\n".join(lines), out_of_memory=is_memory)
+        told = json.loads(result.read_text())
+        self._seed = told["seed"]
+        return _returned_in(told)
 
 
 class WriteResult(Callback):
-    """Hydra's callback that leaves a run's returned value, or its error, in the run's folder."""
+    """Hydra's callback that leaves a run's returned value, or its error, and its seed in the run's folder."""
+
+    def __init__(self, seed_key: str = "seed") -> None:
+        self._seed_key = seed_key
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # a further rank of the same run
@@ -171,7 +196,9 @@ class WriteResult(Callback):
                 "status": "pruned" if pruned else "failed",
                 "error": f"{type(value).__name__}: {value}",
                 "traceback": trace,
+                "out_of_memory": isinstance(value, BaseException) and is_out_of_memory(value),
             }
+        told["seed"] = seed_in(config, self._seed_key)
         path = Path(config.hydra.runtime.output_dir) / RESULT_FILE
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(plain_returned(told)))
@@ -240,13 +267,13 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(TASK_OF_SRUN)}
 
 
-def _where_it_began() -> str | None:
+def where_it_began() -> str | None:
     """The folder in which the command was given: from there `python -m` finds its module, and paths mean the same.
 
     A job may be in a folder of its own (hydra.job.chdir). None, for this one, where the folder is not on this machine.
     """
-    cwd = str(HydraConfig.get().runtime.cwd)
-    return cwd if Path(cwd).is_dir() else None
+    cwd = str(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else ""
+    return cwd if cwd and Path(cwd).is_dir() else None
 
 
 def _dies_with_parent() -> Callable[[], None] | None:
@@ -289,15 +316,24 @@ def _wait(child: "subprocess.Popen[bytes]") -> int:
             signal.signal(signal.SIGTERM, before)
 
 
-def _read_result(path: Path) -> Any:
+def _returned_in(told: Mapping[str, Any]) -> Any:
+    """What a run in a process of its own returned; raises what it raised."""
     from optuna import TrialPruned
 
-    told = json.loads(path.read_text())
     if told["status"] == "pruned":
         raise TrialPruned(told["error"].partition(": ")[2])
     if told["status"] == "failed":
-        raise TrialFailed.of(told["error"], told["traceback"])
+        raise TrialFailed.of(told["error"], told["traceback"], out_of_memory=told["out_of_memory"])
     return told["returned"]
+
+
+def seed_in(cfg: Any, key: str) -> Any:
+    """The value of the key that seeds are given to, as a config has it; None: it has none, or none that resolves."""
+    try:
+        seed = OmegaConf.select(cfg, key.lstrip("+"), default=None)
+    except OmegaConfBaseException:
+        return None
+    return seed if seed is None or isinstance(seed, int | float) else str(seed)
 
 
 def plain_returned(value: Any) -> Any:

@@ -5,21 +5,28 @@ processes on any number of machines runs a trial twice or one too many; values a
 was interrupted waits again, with its number, its values and its folder.
 """
 
-import functools
 import logging
-import math
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from research.errors import ConfigError
 from research.sweeps.engines import build_pruner, build_sampler
 from research.sweeps.owners import Beats, is_alive, is_same_machine, is_this_process, this_process
 from research.sweeps.repeating import repeating
-from research.sweeps.search_space import Parameter, SearchSpace
+from research.sweeps.search_space import SearchSpace
 from research.sweeps.sweep_terms import Counts, SweepTerms
-from research.sweeps.trial_values import cut, dominated_share, is_feasible, values_of
+from research.sweeps.trial_constraints import (
+    drawing_beside_infinite,
+    is_feasible,
+    keep_constraints,
+    overstepped,
+    overstepped_without_memory,
+    ran_out_of_memory,
+    worst_values,
+)
+from research.sweeps.trial_values import cut, dominated_share, is_retried, values_of
 
 if TYPE_CHECKING:
     import optuna
@@ -56,6 +63,10 @@ class TrialStore:
             self._storage = self.terms.storage.open()
         return self._storage
 
+    def exclusively(self) -> AbstractContextManager[None]:
+        """The lock of this study, where its storage has one."""
+        return self.terms.storage.exclusively(self.terms.name)
+
     def study(self, sampler: Any = None) -> "optuna.Study":
         """Optuna's study, read anew; with the sweep's pruner, and a sampler that draws nothing where none is given."""
         import optuna
@@ -89,10 +100,10 @@ class TrialStore:
             TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed",
             TrialState.RUNNING: "running", TrialState.WAITING: "waiting",
         }  # fmt: skip
-        found = dict.fromkeys(names.values(), 0)
+        found = dict.fromkeys((*names.values(), "out_of_memory"), 0)
         for trial in self.trials():
             if not is_retried(trial):
-                found[names[trial.state]] += 1
+                found["out_of_memory" if ran_out_of_memory(trial) else names[trial.state]] += 1
         return Counts(**found)
 
     def best_trials(self) -> "list[FrozenTrial]":
@@ -142,7 +153,7 @@ class TrialStore:
             is_meant = added_by is None or trial.user_attrs.get("added_by") == added_by
             if trial.state is TrialState.WAITING and is_meant and "folder" not in trial.user_attrs:
                 try:
-                    with self.terms.storage.exclusively():
+                    with self.exclusively():
                         taken = self.storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING)
                 except UpdateFinishedTrialError:
                     continue
@@ -165,10 +176,11 @@ class TrialStore:
         if trial_id is None:
             return None
         hangs_on_others = self.terms.sampler["name"] in DRAWN_ALONE
+        lock = self.exclusively if hangs_on_others else nullcontext
         try:
-            with self.terms.storage.exclusively() if hangs_on_others else nullcontext():
+            with lock(), drawing_beside_infinite(self.terms):
                 trial = optuna.trial.Trial(self.study(self._sampler), trial_id)
-                space.draw(functools.partial(_suggest, trial))
+                space.draw(lambda parameter: parameter.suggest(trial))
         except BaseException as error:  # it would run by name alone for as long as this process lives
             told = f"its values could not be drawn: {type(error).__name__}: {error}"
             self.interrupted(self.storage.get_trial_number_from_id(trial_id), told, counts=False)
@@ -181,7 +193,7 @@ class TrialStore:
         from optuna.trial import TrialState
 
         study_id = self.storage.get_study_id_from_name(self.terms.name)
-        with self.terms.storage.exclusively():
+        with self.exclusively():
             for waiting in self.storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.WAITING,)):
                 try:
                     if self.storage.set_trial_state_values(waiting._trial_id, state=TrialState.RUNNING):
@@ -199,7 +211,7 @@ class TrialStore:
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
-        with self.terms.storage.exclusively():
+        with self.exclusively():
             trial = self.trial(number)
             lease = trial.user_attrs.get("lease") or {}
             if trial.state is TrialState.RUNNING:
@@ -291,7 +303,7 @@ class TrialStore:
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
-        with self.terms.storage.exclusively():
+        with self.exclusively():
             trial = self.trial(number)
             attempts = int(trial.user_attrs.get("attempts", 0))
             if trial.state is not TrialState.RUNNING or lease not in (ANY, trial.user_attrs.get("lease")):
@@ -316,15 +328,33 @@ class TrialStore:
 
     def complete(self, number: int, returned: Any) -> None:
         """Tell the value of a trial that ran to its end; one that is no value fails it, with the reason."""
+        trial = self.trial(number)
         try:
             values = values_of(self.terms, returned)
         except ConfigError as error:
             self.failed(number, str(error), "")
             return
-        trial_id = self.trial(number)._trial_id
-        if isinstance(returned, Mapping):
-            self._keep_metrics(trial_id, returned)
+        if trial.state.is_finished():
+            return
+        metrics = returned if isinstance(returned, Mapping) else {}
+        told = {str(key): float(value) for key, value in metrics.items() if isinstance(value, int | float)}
+        if metrics:
+            self.storage.set_trial_user_attr(trial._trial_id, "metrics", told)
+        keep_constraints(self.storage, trial._trial_id, overstepped(self.terms, told))
         self.study().tell(number, values, skip_if_finished=True)
+
+    def out_of_memory(self, number: int, reason: str, trace: str) -> None:
+        """Tell that a trial did not fit into memory: it failed, or, where the sweep says so, it is infeasible.
+
+        Infeasible, the sampler learns of it, and it is not tried again; see `trial_constraints`.
+        """
+        trial = self.trial(number)
+        if self.terms.out_of_memory != "constraint":
+            self.failed(number, reason, trace)
+        elif not trial.state.is_finished():
+            self._keep_reason(trial._trial_id, reason, trace)
+            keep_constraints(self.storage, trial._trial_id, overstepped_without_memory(self.terms))
+            self.study().tell(number, worst_values(self.terms), skip_if_finished=True)
 
     def pruned(self, number: int, reason: str) -> None:
         """Tell that a trial was stopped early; its last report stays with it."""
@@ -343,14 +373,17 @@ class TrialStore:
         if trial.state.is_finished():
             return
         again = int(trial.user_attrs.get("retry", 0)) < self.terms.retries
-        tail = [cut(line, LONGEST_LINE) for line in trace.splitlines()[-TRACEBACK_LINES:]]
-        self.storage.set_trial_user_attr(trial._trial_id, "reason", cut(reason, LONGEST_REASON))
-        self.storage.set_trial_user_attr(trial._trial_id, "traceback", "\n".join(tail))
+        self._keep_reason(trial._trial_id, reason, trace)
         if again:
             self.storage.set_trial_user_attr(trial._trial_id, "retried", True)
         self.study().tell(number, state=TrialState.FAIL, skip_if_finished=True)
         if again:
             self._enqueue_retry(trial)
+
+    def _keep_reason(self, trial_id: int, reason: str, trace: str) -> None:
+        tail = [cut(line, LONGEST_LINE) for line in trace.splitlines()[-TRACEBACK_LINES:]]
+        self.storage.set_trial_user_attr(trial_id, "reason", cut(reason, LONGEST_REASON))
+        self.storage.set_trial_user_attr(trial_id, "traceback", "\n".join(tail))
 
     def _enqueue_retry(self, trial: "FrozenTrial") -> None:
         count = int(trial.user_attrs.get("retry", 0)) + 1
@@ -363,35 +396,3 @@ class TrialStore:
         for trial in trials:
             if is_retried(trial) and trial.number not in retries:
                 self._enqueue_retry(trial)
-
-    def _keep_metrics(self, trial_id: int, returned: Mapping[str, Any]) -> None:
-        """Keep what a task returned beside its objectives, and how far each constraint is overstepped.
-
-        A metric that is absent or no number oversteps its bound without end: the trial is not feasible.
-        """
-        import optuna
-
-        told = {str(key): float(value) for key, value in returned.items() if isinstance(value, int | float)}
-        self.storage.set_trial_user_attr(trial_id, "metrics", told)
-        trial = optuna.trial.Trial(self.study(), trial_id) if self.terms.constraints else None
-        for name, bound in self.terms.constraints.items():
-            if trial is not None:
-                overstepped = told.get(name, math.inf) - bound
-                trial.set_constraint(name, math.inf if math.isnan(overstepped) else overstepped)
-
-
-def is_retried(trial: "FrozenTrial") -> bool:
-    """Whether a trial has failed and its point is another trial's by now: it counts no more.
-
-    One that was marked and never told has not failed: its process died, and it waits again.
-    """
-    return trial.state.name == "FAIL" and "retried" in trial.user_attrs
-
-
-def _suggest(trial: "Trial", parameter: Parameter) -> Any:
-    if parameter.choices:
-        return trial.suggest_categorical(parameter.name, [choice.stored for choice in parameter.choices])
-    if parameter.is_int:
-        step = int(parameter.step or 1)
-        return trial.suggest_int(parameter.name, int(parameter.low), int(parameter.high), step=step, log=parameter.log)
-    return trial.suggest_float(parameter.name, parameter.low, parameter.high, step=parameter.step, log=parameter.log)

@@ -67,9 +67,12 @@ def _scaled(value: float, worst: float, best: float) -> float:
     return min(1.0, max(0.0, (value - worst) / (best - worst)))
 
 
-def is_feasible(trial: "FrozenTrial") -> bool:
-    """Whether a trial oversteps no constraint."""
-    return all(overstepped <= 0 for overstepped in trial.constraints.values())
+def is_retried(trial: "FrozenTrial") -> bool:
+    """Whether a trial has failed and its point is another trial's by now: it counts no more.
+
+    One that was marked and never told has not failed: its process died, and it waits again.
+    """
+    return trial.state.name == "FAIL" and "retried" in trial.user_attrs
 
 
 def cut(text: str, length: int) -> str:

@@ -8,11 +8,9 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -21,11 +19,13 @@ from omegaconf import DictConfig, OmegaConf
 from research.loops.signals import handled
 from research.results.record import git_revision
 from research.sweeps.gpus import GpuShare
+from research.sweeps.memory_errors import is_out_of_memory
 from research.sweeps.owners import this_process
+from research.sweeps.preemption import Preemption, as_ctrl_c
 from research.sweeps.search_space import SearchSpace
 from research.sweeps.sweep_plan import SweepLimits
 from research.sweeps.trial_context import TrialContext
-from research.sweeps.trial_runs import TrialFailed, TrialRuns, plain_returned, refuse_in_a_rank
+from research.sweeps.trial_runs import TrialFailed, TrialRuns, plain_returned, refuse_in_a_rank, where_it_began
 from research.sweeps.trial_store import TrialStore
 from research.sweeps.trial_values import trace_of, values_of
 
@@ -81,7 +81,9 @@ class TrialWork:
                 trial.set_user_attr("folder", context.folder)
             now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
             # one entry, since each one is a write that waits for the disk or the database
-            trial.set_user_attr("begun", {"at": now, "host": os.uname().nodename, "revision": _revision()})
+            trial.set_user_attr(
+                "begun", {"at": now, "host": os.uname().nodename, "revision": _revision(where_it_began())}
+            )
             try:
                 returned = self.runs.run(
                     context,
@@ -97,25 +99,38 @@ class TrialWork:
             except KeyboardInterrupt as stopped:
                 with handled({signal.SIGTERM: lambda *_: None}):  # a cluster sends it while a job leaves
                     self._spent(trial, started)
-                    if leave.answer is not None:
-                        self._leave(number, leave.told, leave.answer)
-                    self.store.interrupted(number, f"stopped: {stopped}".strip(": "), counts=False)
+                    self._tell_stop(number, stopped, leave)
                 raise
             except BaseException as error:
                 self._spent(trial, started)
-                told = "out of memory: " if _is_out_of_memory(error) else ""
-                self.store.failed(number, f"{told}{reason_of(error)}", getattr(error, "trace", "") or trace_of(error))
+                self._tell_error(number, error)
                 if isinstance(error, SystemExit):  # it ends the trial, not the sweep
                     raise TrialFailed.of(reason_of(error), trace_of(error)) from error
                 raise
-            try:
-                self._spent(trial, started)
-                self.store.complete(number, result)
-            except (TypeError, ValueError) as error:  # of what was told, not of a storage that is away
-                self.store.failed(number, f"its result cannot be told: {reason_of(error)}", trace_of(error))
-                raise
+            self._spent(trial, started)
+            self._tell_result(number, result)
         leave_out_start_up()
         return returned
+
+    def _tell_error(self, number: int, error: BaseException) -> None:
+        """Tell what a run raised: it has failed, or it did not fit into memory."""
+        trace = getattr(error, "trace", "") or trace_of(error)
+        if is_out_of_memory(error):
+            self.store.out_of_memory(number, f"out of memory: {reason_of(error)}", trace)
+        else:
+            self.store.failed(number, reason_of(error), trace)
+
+    def _tell_result(self, number: int, result: Any) -> None:
+        try:
+            self.store.complete(number, result)
+        except (TypeError, ValueError) as error:  # of what was told, not of a storage that is away
+            self.store.failed(number, f"its result cannot be told: {reason_of(error)}", trace_of(error))
+            raise
+
+    def _tell_stop(self, number: int, stopped: KeyboardInterrupt, leave: Preemption) -> None:
+        if leave.answer is not None:
+            self._leave(number, leave.told, leave.answer)
+        self.store.interrupted(number, f"stopped: {stopped}".strip(": "), counts=False)
 
     def _leave(self, number: int, told: str, answer: Callable[[], None]) -> None:
         """Answer a preemption: the trial waits, for the job that is started again or for the next command."""
@@ -147,6 +162,9 @@ class TrialWork:
     def _spent(self, trial: "Trial", started: float) -> None:
         before = float(trial.user_attrs.get("seconds", 0.0))
         trial.set_user_attr("seconds", before + time.perf_counter() - started)
+        seed = self.runs.seed_seen()
+        if seed is not None:
+            trial.set_user_attr("seed", seed)
 
     def _note_seed(self, trial: "Trial", seed: str, result: Any) -> None:
         """Keep a seed's result, report it to the pruner, and stop the trial where that says so."""
@@ -191,6 +209,7 @@ class BatchTask:
         if not self.work.store.holds(number, self.controller):
             raise TakenElsewhere(f"trial {number} has ended or is another process's: this job has nothing to do")
         folder = str(hydra.runtime.output_dir)
+        self.work.runs.see_seed(cfg)
         overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
         try:
             return self.work.work_on(number, overrides, lambda: self.task(cfg), folder)
@@ -282,10 +301,16 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
+def _begun() -> dict[str, Any]:
+    """When and where a run begins, and of which code."""
+    now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+    return {"at": now, "host": os.uname().nodename, "revision": _revision(where_it_began())}
+
+
 @functools.cache
-def _revision() -> str | None:
-    """The commit of the working folder's checkout, marked where files differ from it."""
-    found = git_revision(Path.cwd())
+def _revision(folder: str | None) -> str | None:
+    """The commit of the checkout in which the command was given, marked where files differ from it."""
+    found = git_revision(Path(folder or Path.cwd()))
     return f"{found['commit']}{'+' if found['dirty'] else ''}" if found["commit"] else None
 
 
@@ -309,43 +334,6 @@ def worker_seed(seed: int | None, *parts: int) -> int | None:
     return int.from_bytes(hashlib.sha256(repr((seed, *parts)).encode()).digest()[:4])
 
 
-@dataclass
-class Preemption:
-    """A cluster's launcher wants this job to leave, by a signal that it answers itself.
-
-    submitit writes the job down to be started again, and exits; or, where that is not allowed any more, raises. First
-    the trial is stopped as SIGTERM stops it, after the step that it is in and with a checkpoint.
-
-    told    name of the signal, once it has come
-    answer  the launcher's own handler, which does not come back; None where the launcher has none
-    """
-
-    told: str = ""
-    answer: Callable[[], None] | None = None
-
-    @contextmanager
-    def watched(self) -> Iterator["Preemption"]:
-        """Note the signal inside, and stop what is at work; outside the launcher's handler stands again."""
-        number = getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}", None)
-        own = signal.getsignal(number) if number is not None else None
-        if number is None or number is signal.SIGTERM or not callable(own):
-            yield self
-            return
-        handler: Callable[[int, FrameType | None], Any] = own
-
-        def note(received: int, frame: FrameType | None) -> None:
-            self.told, self.answer = signal.Signals(received).name, lambda: handler(received, frame)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-        with handled({number: note}):
-            yield self
-
-
-def as_ctrl_c(number: int, frame: FrameType | None) -> None:
-    """A handler that ends as Ctrl-C does: what is begun is told, and waits to be gone on with."""
-    raise KeyboardInterrupt(signal.Signals(number).name)
-
-
 def reason_of(error: BaseException) -> str:
     """An error in a line or two; of a run in a process of its own that run's error."""
     return str(error) if isinstance(error, TrialFailed) else f"{type(error).__name__}: {error}"
@@ -362,11 +350,6 @@ def portable(error: Exception) -> Exception:
     except Exception:
         return TrialFailed.of(reason_of(error), trace_of(error))
     return error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    names = ("MemoryError", "OutOfMemoryError")
-    return isinstance(error, MemoryError) or type(error).__name__ in names or reason_of(error).startswith(names)
 
 
 def errors_of(returns: Any) -> list[Exception]:

@@ -223,6 +223,39 @@ def test_too_many_failures_end_the_sweep(sweep: Callable[..., Sweep]) -> None:
     assert [row["state"] for row in search.rows()] == ["failed"] * 3 + ["waiting"] * 6
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        pytest.param(("hydra.sweeper.subprocess=true",), marks=SLOW),
+        pytest.param(("hydra.sweeper.mode=workers", *JOBLIB), marks=SLOW),
+    ],
+    ids=["batch", "subprocess", "workers"],
+)
+def test_what_does_not_fit_into_memory_is_infeasible_on_request(
+    more: tuple[str, ...], sweep: Callable[..., Sweep]
+) -> None:
+    """Not a failure, not tried again, not the best, though the function's lowest value lies there; on a resume too."""
+    search = sweep(
+        "x=interval(-5,5)", "fits=0", "hydra.sweeper.out_of_memory=constraint", "hydra.sweeper.max_failures=0",
+        "hydra.sweeper.retries=2", *more,
+    )  # fmt: skip
+    search.run("hydra.sweeper.n_trials=3")
+    out = search.run("hydra.sweeper.n_trials=8")
+    rows = search.rows()
+    beyond = [float(row["param:x"]) > 0 for row in rows]
+    assert search.code == 0 and len(rows) == 8 and 0 < sum(beyond) < 8, out
+    assert [row["state"] for row in rows] == [{True: "out_of_memory", False: "complete"}[far] for far in beyond]
+    assert [row["value"] == "" for row in rows] == beyond and [row["feasible"] == "False" for row in rows] == beyond
+    assert all(row["reason"].startswith("out of memory: MemoryError") for row in rows if row["value"] == "")
+    assert [row["attempts"] for row in rows] == ["1"] * 8, "each was begun once, by one of the two commands"
+    assert f"{8 - sum(beyond)} complete, {sum(beyond)} out of memory" in " ".join(out.split())
+    best = yaml.safe_load((search.folder / "optimization_results.yaml").read_text())
+    assert best["best_value"] == min(float(row["value"]) for row in rows if row["value"])
+    out = search.run("hydra.sweeper.n_trials=9", "hydra.sweeper.out_of_memory=fail")
+    assert search.code != 0 and "out_of_memory is gone (was constraint)" in " ".join(out.split()), out
+
+
 def test_a_run_that_takes_its_worker_with_it_fails_in_the_end(sweep: Callable[..., Sweep]) -> None:
     """A segmentation fault in a trial: begun again, then given up; the others are not lost."""
     search = sweep(
@@ -264,8 +297,39 @@ def test_a_trial_is_the_mean_over_its_seeds(alone: bool, sweep: Callable[..., Sw
     first, second = search.rows()
     assert float(first["value"]) == pytest.approx(1.03) and float(second["value"]) == pytest.approx(0.03)
     assert float(first["value_sd"]) == pytest.approx(0.03)
-    assert first["seeds"] == "0 3 6"
+    assert first["seeds"] == "0 3 6" and first["seed"] == "", "each of them, not one"
     assert sorted(path.name for path in (search.folder / "0").glob("seed_*")) == ["seed_0", "seed_3", "seed_6"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        pytest.param(("hydra.sweeper.mode=workers",), marks=SLOW),
+        pytest.param(("hydra.sweeper.mode=workers", "hydra.sweeper.subprocess=true"), marks=SLOW),
+    ],
+    ids=["batch", "workers", "subprocess"],
+)
+def test_the_table_tells_seed_duration_and_revision(
+    more: tuple[str, ...], sweep: Callable[..., Sweep], tmp_path: Path
+) -> None:
+    """The revision is that of the folder in which the command was given, whatever folder the runs are in."""
+    repository = tmp_path / "repository"
+    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "init", "-q", str(repository)], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    search = sweep("x=1,2", "hydra/sweeper/study_sampler=grid", "sleep=0.5", "hydra.job.chdir=true", *more)
+    told = []
+    for given in ("hydra.sweeper.n_trials=1", "seed=7"):
+        command = [*search.command(given), "hydra.sweeper.on_change=allow"]
+        told.append(subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=240))
+    rows = search.rows()
+    assert [row["seed"] for row in rows] == ["0", "7"], told
+    assert all(row["revision"] == commit for row in rows), "the same in every mode"
+    assert all(0.5 < float(row["seconds"]) < 60 for row in rows)
+    assert [row["number"] for row in rows] == ["0", "1"] and [row["param:x"] for row in rows] == ["1", "2"]
+    assert [row["folder"] for row in rows] == [str(search.folder / number) for number in "01"]
 
 
 @SLOW
@@ -371,6 +435,7 @@ def test_a_point_that_is_partly_given_is_tried_once(sweep: Callable[..., Sweep])
         (["x=1,2", "seed=1,2", "hydra.sweeper.seeds=[1,2]"], "seed is searched"),
         (["x=1,2", "hydra/sweeper/study_sampler=cmaes", "hydra.sweeper.direction=[minimize,minimize]"], "one value"),
         (["x=1,2", "hydra/sweeper/study_sampler=brute_force", "hydra.sweeper.fixed={x: 1}"], "give sampler grid"),
+        (["x=1,2", "hydra.sweeper.out_of_memory=prune"], "expected fail or constraint"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_a_trial_is_made(

@@ -1,7 +1,9 @@
-"""The sweeper as on several machines: one PostgreSQL or gRPC storage, separate commands, and a cluster's launcher."""
+"""The sweeper as on several machines: PostgreSQL, Redis or gRPC, separate commands, and a cluster's launcher."""
 
 import csv
+import gc
 import getpass
+import multiprocessing
 import os
 import shutil
 import signal
@@ -13,8 +15,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from research.errors import ConfigError
+from research.sweeps.space_parser import parse_space
+from research.sweeps.storages import StorageSpec, storage_spec
+from research.sweeps.sweep_points import top_up
+from research.sweeps.sweep_study import claim_control, open_study
+from research.sweeps.sweep_terms import SweepTerms
+from research.sweeps.trial_store import TrialStore
 
 APP = Path(__file__).with_name("sweep_app") / "app.py"
 RAY = "RESEARCH_RAY_PYTHON"
@@ -61,6 +72,37 @@ def postgres() -> Iterator[str]:
         shutil.rmtree(data, ignore_errors=True)
 
 
+@contextmanager
+def redis() -> Iterator[str]:
+    """A real Redis server of its own, on a free port, in memory; its URL."""
+    pytest.importorskip("redis")
+    program, port = shutil.which("redis-server"), free_port()
+    if program is None:
+        pytest.skip("no Redis here: apt-get install redis-server")
+    keep_nothing = ("--save", "", "--appendonly", "no", "--dir", tempfile.gettempdir())
+    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--requirepass", "hunter2", *keep_nothing]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        await_port(port)
+        yield f"redis://:$SWEEP_WORD@127.0.0.1:{port}/0"
+    finally:
+        server.kill()
+        server.wait()
+
+
+SERVERS = {"postgresql": ("rdb", postgres), "redis": ("journal_redis", redis)}
+
+
+@pytest.fixture(params=list(SERVERS))
+def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """A storage that a server keeps, as a config's node; Redis's password is in the environment."""
+    name, server = SERVERS[request.param]
+    monkeypatch.setenv("SWEEP_WORD", "hunter2")
+    with server() as url:
+        yield {"name": name, "url": url}
+        gc.collect()  # what a test leaves of Optuna's connections complains here, not at the end of all tests
+
+
 def await_port(port: int) -> None:
     """Wait until something listens there."""
     deadline = time.monotonic() + 30
@@ -87,26 +129,111 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_four_commands_share_one_postgresql(tmp_path: Path) -> None:
+def test_four_commands_share_one_server(served: dict[str, str], tmp_path: Path) -> None:
     """Started at the same moment, each as on a machine of its own, with a folder of its own."""
     count = 16
-    with postgres() as url:
-        shared = (
-            "x=interval(-5,5)", "kind=a,b", "sleep=0.3", "hydra/sweeper/study_storage=rdb",
-            f"hydra.sweeper.storage.url='{url}'", "hydra.sweeper.study_name=shared",
-            f"hydra.sweeper.n_trials={count}", "hydra.sweeper.mode=workers",
-        )  # fmt: skip
-        folders = [tmp_path / f"machine_{number}" for number in range(4)]
-        commands = [start(tmp_path, *shared, f"hydra.sweep.dir={folder}") for folder in folders]
-        told = [command.communicate(timeout=240)[0] for command in commands]
-        assert [command.returncode for command in commands] == [0] * 4, told
-        last = start(tmp_path, *shared, f"hydra.sweep.dir={folders[0]}")
-        told.append(last.communicate(timeout=240)[0])
+    shared = (
+        "x=interval(-5,5)", "kind=a,b", "sleep=0.3", f"hydra/sweeper/study_storage={served['name']}",
+        f"hydra.sweeper.storage.url='{served['url']}'", "hydra.sweeper.study_name=shared",
+        f"hydra.sweeper.n_trials={count}", "hydra.sweeper.mode=workers",
+    )  # fmt: skip
+    folders = [tmp_path / f"machine_{number}" for number in range(4)]
+    commands = [start(tmp_path, *shared, f"hydra.sweep.dir={folder}") for folder in folders]
+    told = [command.communicate(timeout=240)[0] for command in commands]
+    assert [command.returncode for command in commands] == [0] * 4, told
+    last = start(tmp_path, *shared, f"hydra.sweep.dir={folders[0]}")
+    told.append(last.communicate(timeout=240)[0])
     rows = rows_of(folders[0])
     assert [row["state"] for row in rows] == ["complete"] * count, told
     lines = [len((Path(row["folder"]) / "ran.txt").read_text().splitlines()) for row in rows]
     assert lines == [1] * count, "every trial ran once, on one of the machines"
     assert len({Path(row["folder"]).parent for row in rows}) > 1, "and not all of them on the same"
+    for path in (path for path in tmp_path.glob("**/*") if path.is_file()):
+        assert b"hunter2" not in path.read_bytes(), f"a password in {path}"
+
+
+def _count_up(spec: StorageSpec, path: Path, begin: Any) -> None:
+    begin.wait(60)
+    for _ in range(20):
+        with spec.exclusively("sweep"), spec.exclusively("sweep"):
+            number = int(path.read_text())
+            time.sleep(0.002)
+            path.write_text(str(number + 1))
+
+
+def _run_at_once(count: int, task: Any, *arguments: Any) -> list[Any]:
+    context = multiprocessing.get_context("fork")
+    begin = context.Barrier(count)
+    processes = [context.Process(target=task, args=(*arguments, begin)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return processes
+
+
+def _hold_for_ever(spec: StorageSpec, begin: Any) -> None:
+    with spec.exclusively("sweep"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_lock_of_a_server_lets_one_in(
+    served: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three processes none loses what another has counted; a killed holder keeps nobody out."""
+    spec, path = storage_spec(served, tmp_path), tmp_path / "number"
+    path.write_text("0")
+    _run_at_once(3, _count_up, spec, path)
+    assert path.read_text() == "60"
+    monkeypatch.setattr("research.sweeps.storage_locks.LONGEST_S", 1.0)
+    _run_at_once(1, _hold_for_ever, spec)
+    with spec.exclusively("sweep"), spec.exclusively("another study"):
+        path.write_text("0")
+    with spec.exclusively("sweep"):
+        time.sleep(1.5)  # longer than it is lent for: what was done is done
+
+
+def _top_up(spec: StorageSpec, begin: Any) -> None:
+    store = TrialStore(SweepTerms(storage=spec, name="sweep", sampler={"name": "grid"}))
+    store.study()
+    begin.wait(60)
+    top_up(store, parse_space({"x": "range(0,30)"}, [])[0], 30, [])
+
+
+def _control(spec: StorageSpec, told: Path, begin: Any) -> None:
+    store = TrialStore(SweepTerms(storage=spec, name="sweep"))
+    store.study()
+    begin.wait(60)
+    try:
+        claim_control(store, 60.0)
+        (told / f"controls_{os.getpid()}").touch()
+        time.sleep(2.0)
+    except ConfigError:
+        (told / f"refused_{os.getpid()}").touch()
+
+
+def test_commands_at_once_on_one_server_add_a_grid_once_and_one_controls(
+    served: dict[str, str], tmp_path: Path
+) -> None:
+    spec = storage_spec(served, tmp_path)
+    store = TrialStore(SweepTerms(storage=spec, name="sweep"))
+    open_study(store, {"space": {}}, resume="auto", on_change="refuse")
+    _run_at_once(3, _top_up, spec)
+    points = [trial.system_attrs["fixed_params"]["x"] for trial in store.trials()]
+    assert sorted(points) == list(range(30))
+    _run_at_once(3, _control, spec, tmp_path)
+    assert sorted(path.name.partition("_")[0] for path in tmp_path.glob("*_*")) == ["controls", "refused", "refused"]
+
+
+def test_a_redis_server_that_cannot_be_used_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with redis() as url:
+        for given, told in ((url, "invalid username-password"), (url.replace(":$SWEEP_WORD@", ""), "authenticated")):
+            monkeypatch.setenv("SWEEP_WORD", "wrong-word")
+            with pytest.raises(ConfigError, match=told) as error:
+                storage_spec({"name": "journal_redis", "url": given}, tmp_path).open()
+            assert "wrong-word" not in str(error.value) and "$NAME" in str(error.value)
+    with pytest.raises(ConfigError, match="cannot be used"):
+        storage_spec({"name": "journal_redis", "url": url}, tmp_path).open()
 
 
 def test_a_grpc_proxy_serves_workers(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ def main(cfg: DictConfig) -> Any:
         return [1.0, 2.0]
     if cfg.fail == "die":
         os._exit(9)
+    if cfg.fits is not None and cfg.x > cfg.fits:
+        bytearray(2**60)
     if cfg.ranks > 1:
         train_on_ranks(cfg, folder)
     with (folder / "ran.txt").open("a") as file:

@@ -709,6 +709,10 @@ def test_memory_of_another_process_is_refused() -> None:
         ({"name": "rdb"}, "needs hydra.sweeper.storage.url"),
         ({"name": "rdb", "url": "postgresql://me:word@host/db"}, "holds a password"),
         ({"name": "rdb", "url": "postgresql://host/db?user=me&password=word"}, "holds a password"),
+        ({"name": "journal_redis"}, "such as redis://host"),
+        ({"name": "journal_redis", "url": "redis://:word@host:6379/0"}, "holds a password"),
+        ({"name": "journal_redis", "url": "redis://host:6379/0?password=word"}, "holds a password"),
+        ({"name": "journal_redis", "url": "http://host:6379"}, "begins with redis://"),
     ],
 )
 def test_a_storage_that_cannot_be_is_refused(node: dict[str, Any], told: str, tmp_path: Path) -> None:
@@ -728,6 +732,12 @@ def test_what_cannot_be_reached_is_told_without_the_password(tmp_path: Path, mon
     blocked.write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         StorageSpec("journal", path=str(blocked / "study.journal")).open()
+
+
+def test_a_missing_package_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "redis", None)
+    with pytest.raises(ConfigError, match=r"journal_redis needs a package .* 'research-distillation\[sweep\]'"):
+        storage_spec({"name": "journal_redis", "url": "redis://host:6379/0"}, tmp_path).open()
 
 
 def test_unknown_settings_name_the_nearest() -> None:
