@@ -168,7 +168,7 @@ def read_row(line: bytes, number: int, *, allow_empty_chain: bool = False) -> Tr
     correct = next((claim for claim in claims if isinstance(claim, bool)), None)
     if correct is not None:
         details["verdict"] = (Verdict.CORRECT if correct else Verdict.WRONG).value
-    given = row.get(names.get("sample"))
+    given = row.get(names.get("sample", "sample"))
     sample = given if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < 2**31 else 0
     return Trace(problem, chain.strip(), answer.strip(), number, sample, details)
 
@@ -203,8 +203,8 @@ def _fields(row: dict[str, Any]) -> tuple[str | None, str | None, str | None, se
         spoken = _turns(row[turns], turns)
         found = {part: value if value is not None else spoken.get(part) for part, value in found.items()}
         used.add(turns)
-    extra = row.get(names.get("input"))  # instruction and input are one prompt in files of the Alpaca kind
-    if names.get("instruction") in used and isinstance(extra, str):
+    extra = row.get(names.get("input", "input"))  # instruction and input are one prompt in files of the Alpaca kind
+    if names.get("instruction", "instruction") in used and isinstance(extra, str):
         used.add(names["input"])
         found["problem"] = f"{found['problem']}\n{extra}" if extra.strip() else found["problem"]
     return found["problem"], found["chain"], found["answer"], used
