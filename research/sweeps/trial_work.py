@@ -3,12 +3,14 @@
 import datetime as dt
 import functools
 import gc
+import io
 import logging
 import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -352,12 +354,20 @@ def portable(error: Exception) -> Exception:
     return error
 
 
-def errors_of(returns: Any) -> list[Exception]:
-    """The errors of a launch's failed jobs; none of what workers return, who have told theirs."""
+def errors_of(returns: Any) -> Iterator[Exception]:
+    """The errors of a launch's failed jobs, as Hydra raises them; none of what workers return, who have told theirs.
+
+    Hydra 1.4 puts the traceback of another process on them when it raises them, and prints the overrides, here unseen.
+    """
     from hydra.core.utils import JobReturn, JobStatus
 
-    jobs = [job for job in returns if isinstance(job, JobReturn) and job.status is JobStatus.FAILED]
-    return [job._return_value for job in jobs if isinstance(job._return_value, Exception)]
+    for job in returns:
+        if isinstance(job, JobReturn) and job.status is JobStatus.FAILED:
+            try:
+                with redirect_stderr(io.StringIO()):
+                    _ = job.return_value
+            except Exception as error:
+                yield error
 
 
 def failed_jobs(returns: Any) -> Mapping[int, str]:

@@ -20,7 +20,7 @@ def test_hydras_suites_and_the_grammar_on_the_prerelease(repository: Path) -> No
     assert version.startswith("1.4"), version
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     done = subprocess.run(
-        [python, "-m", "pytest", "--noconftest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *TESTS],
+        [python, "-m", "pytest", "--noconftest", "-q", "-p", "no:cacheprovider", *TESTS],
         cwd=repository, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]

@@ -31,15 +31,17 @@ def test_hydra_finds_the_plugin() -> None:
     assert OptunaStudySweeper.__name__ in [found.__name__ for found in Plugins.instance().discover(Sweeper)]
 
 
-@pytest.mark.parametrize(
-    ("launcher_name", "overrides"),
-    [("basic", GRID), pytest.param("joblib", [*GRID, "hydra.launcher.n_jobs=2"], marks=pytest.mark.slow)],
-)
+# a batch is one launch: with submitit two jobs at once, each in a process that reads its task from a pickle
+JOBLIB = pytest.param("joblib", [*GRID, "hydra.launcher.n_jobs=2"], marks=pytest.mark.slow)
+SUBMITIT = pytest.param("submitit_local", [*GRID, "hydra.launcher.timeout_min=5"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("launcher_name", "overrides"), [("basic", GRID), JOBLIB, SUBMITIT])
 class TestLaunchers(LauncherTestSuite):
     """One job, two jobs, groups, mandatory choices, resolvers, hydra's own overrides."""
 
 
-@pytest.mark.parametrize(("launcher_name", "overrides"), [("basic", GRID)])
+@pytest.mark.parametrize(("launcher_name", "overrides"), [("basic", GRID), JOBLIB, SUBMITIT])
 class TestBatches(BatchedSweeperTestSuite):
     """Six jobs in three batches of two, in order, each in its folder."""
 
@@ -53,6 +55,14 @@ class TestIntegration(IntegrationTestSuite):
     """Task names, working folders and paths, in a process of their own."""
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("task_launcher_cfg", "extra_flags"), [({}, ["-m", "hydra/launcher=submitit_local", *GRID])])
+class TestIntegrationOfJobs(IntegrationTestSuite):
+    """The same where every trial is a job of a cluster's launcher, and memory is no storage."""
+
+    test_to_absolute_path_multirun = None  # sweeps one folder twice
+
+
 def test_the_suites_are_not_empty() -> None:
-    kept: list[Any] = [TestLaunchers, TestBatches, TestIntegration]
+    kept: list[Any] = [TestLaunchers, TestBatches, TestIntegration, TestIntegrationOfJobs]
     assert all(any(name.startswith("test_") for name in dir(suite)) for suite in kept)
