@@ -349,7 +349,15 @@ else:
 # is shown once its verdict is committed. Run one again with `distill study experiments/NAME`.
 
 # %%
-STUDIES = ["chain_vs_answer", "prompt_loss", "wrong_steps", "self_taught", "trace_curation", "student_ladder"]
+STUDIES = [
+    "chain_vs_answer",
+    "prompt_loss",
+    "wrong_steps",
+    "self_taught",
+    "trace_curation",
+    "student_ladder",
+    "student_ladder_mix",
+]
 shown = [name for name in STUDIES if (ROOT / "experiments" / name / "verdict.json").exists()]
 verdicts = {name: json.loads((ROOT / "experiments" / name / "verdict.json").read_text()) for name in shown}
 rows = [
