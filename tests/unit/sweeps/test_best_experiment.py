@@ -95,7 +95,7 @@ def test_the_groups_of_the_plugin_are_known() -> None:
     assert set(repo["study_pruner"]) >= {f"{name}.yaml" for name in ("none", "median", "hyperband", "wilcoxon")}
     theirs = {"sampler", "pruner", "storage"}
     assert not theirs & set(repo), "those may belong to Hydra's own plugin, which is installed beside this one"
-    assert set(repo["study_storage"]) == {"journal.yaml", "rdb.yaml", "grpc.yaml", "memory.yaml"}
+    assert set(repo["study_storage"]) == {"journal.yaml", "journal_redis.yaml", "rdb.yaml", "grpc.yaml", "memory.yaml"}
 
 
 @pytest.mark.parametrize("overrides", [["model=b"], ["~model"], ["model=b", "x=3"], ["~model/act"]])
