@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
@@ -88,6 +89,7 @@ def test_every_search_file_parses_and_every_kind_of_trial_composes(name: str, co
 
 
 def test_the_groups_of_the_plugin_are_known() -> None:
+    Plugins.instance()  # finding a plugin is what registers its groups
     repo = ConfigStore.instance().repo["hydra"]["sweeper"]
     assert set(repo["study_sampler"]) >= {
         f"{name}.yaml" for name in ("tpe", "random", "gp", "cmaes", "qmc", "grid", "nsgaii")
