@@ -8,8 +8,8 @@ import pytest
 import yaml
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.plugins import Plugins
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
 from research.config import conf_dir
