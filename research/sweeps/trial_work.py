@@ -79,13 +79,7 @@ class TrialWork:
         context = self._context(number, overrides, folder or self.folder(number))
         started = time.perf_counter()
         with self.store.leased(number) as trial, handled({signal.SIGTERM: as_ctrl_c}), Preemption().watched() as leave:
-            if trial.user_attrs.get("folder") != context.folder:
-                trial.set_user_attr("folder", context.folder)
-            now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-            # one entry, since each one is a write that waits for the disk or the database
-            trial.set_user_attr(
-                "begun", {"at": now, "host": os.uname().nodename, "revision": _revision(where_it_began())}
-            )
+            _note_begin(trial, context.folder)
             try:
                 returned = self.runs.run(
                     context,
@@ -303,10 +297,13 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def _begun() -> dict[str, Any]:
-    """When and where a run begins, and of which code."""
+def _note_begin(trial: "Trial", folder: str) -> None:
+    """Keep when and where a run begins, and of which code."""
+    if trial.user_attrs.get("folder") != folder:
+        trial.set_user_attr("folder", folder)
     now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-    return {"at": now, "host": os.uname().nodename, "revision": _revision(where_it_began())}
+    # one entry, since each one is a write that waits for the disk or the database
+    trial.set_user_attr("begun", {"at": now, "host": os.uname().nodename, "revision": _revision(where_it_began())})
 
 
 @functools.cache
