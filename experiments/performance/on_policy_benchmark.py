@@ -24,6 +24,8 @@ from benchmark import ratio
 from measuring import about, in_turn, write_between
 from on_policy_setting import ONE_LAYER, SIZES, Clock, Setting, fitted, write_models
 
+from research.generation.decoding import LiveBatch
+
 HERE = Path(__file__).resolve().parent
 TRAINERS = ("GKDTrainer", "DistillationTrainer")
 ARMS = {"ours": "on_policy", "rounded": "rounded_teacher"}  # of the first table
@@ -83,7 +85,8 @@ def _seconds(setting: Setting, method: str) -> float:
 # -- where the time goes ----------------------------------------------------------------------------------------------
 
 DRAWING, OPTIMIZER, REST = "drawing, outside the model", "clipping and optimizer", "the rest"
-PARTS = ("student, while drawing", "teacher", "student", "backward", OPTIMIZER, DRAWING, REST)
+WHILE_DRAWING = "student, while drawing"
+PARTS = (WHILE_DRAWING, "teacher", "student", "backward", OPTIMIZER, DRAWING, REST)
 OUTSIDE = (DRAWING, REST)
 
 
@@ -94,9 +97,9 @@ class Spans(Clock):
         super().__init__(method)
         self.parts = dict.fromkeys(PARTS, 0.0)
         self._open, self._last = [REST], 0.0
-        self._watch(method.student.model, "student")
+        self._watch(method.student, "student")
         if method.teacher is not None:
-            self._watch(method.teacher.network.model, "teacher")
+            self._watch(method.teacher.network, "teacher")
         rollouts = method._own_words._buffer
         rollouts.ready = self._as_part(DRAWING, rollouts.ready)
 
@@ -111,12 +114,18 @@ class Spans(Clock):
         return measured
 
     def _watch(self, network: Any, name: str) -> None:
-        network.register_forward_pre_hook(lambda *_: self.begin(f"{name}, while drawing" if self._is_drawing else name))
+        """Around the model, not on it: a model with hooks is not sampled by its own steps."""
+        network.register_forward_pre_hook(lambda *_: self.begin(name))
         network.register_forward_hook(lambda *_: self.end(), always_call=True)
 
-    @property
-    def _is_drawing(self) -> bool:
-        return DRAWING in self._open
+    def setup(self, *_: object, **__: object) -> None:
+        self._passes = LiveBatch.__init__, LiveBatch.feed
+        for call in self._passes:
+            setattr(LiveBatch, call.__name__, self._as_part(WHILE_DRAWING, call))
+
+    def teardown(self, *_: object, **__: object) -> None:
+        for call in self._passes:
+            setattr(LiveBatch, call.__name__, call)
 
     def begin(self, part: str) -> None:
         self._note()

@@ -1,4 +1,4 @@
-"""One batch of rows, token by token, over the library's own modules and key-value cache."""
+"""One batch of rows, token by token, over the library's own modules."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from research.generation.distribution import draw
+from research.generation.stepping import RotaryStepper, can_step
 from research.records import Sampling
 
 
@@ -47,8 +48,10 @@ class LiveBatch:
         width = max(len(ids) for ids in prompts)
         ids_BT = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
         pads_B = torch.tensor([width - len(ids) for ids in prompts], device=device)
-        self._model, self._vocab_size = model, vocab_size
-        self._cache = DynamicCache(config=model.config)
+        self._model, self._vocab_size, self._capacity = model, vocab_size, capacity
+        self._cache: Any = DynamicCache(config=model.config)
+        self._can_step = can_step(model, device)
+        self._stepper: RotaryStepper | None = None  # in the place of the cache, from the first token on
         self._visible_BT: Tensor | None = None
         if len({len(ids) for ids in prompts}) > 1:
             self._visible_BT = torch.arange(width + capacity, device=device) >= pads_B[:, None]
@@ -58,15 +61,24 @@ class LiveBatch:
 
     def feed(self, token_B: Tensor) -> None:
         """One more token of every row."""
-        self._run(token_B[:, None], self._next_position_B[:, None])
+        if self._can_step and self._stepper is None:
+            self._stepper = RotaryStepper(self._model, self._cache, self._visible_BT, self._capacity)
+            self._cache = None
+        if self._stepper is not None:
+            self.logits_BV = self._stepper.feed(token_B, self._next_position_B)[:, : self._vocab_size]
+        else:
+            self._run(token_B[:, None], self._next_position_B[:, None])
         self._next_position_B = self._next_position_B + 1
 
     def select(self, places: Sequence[int]) -> None:
         """Go on with these rows of the batch, in this order; a row may be left out or taken several times."""
         place_B = torch.tensor(places, device=self.logits_BV.device)
-        self._cache.batch_select_indices(place_B)
         self.logits_BV = self.logits_BV[place_B]
         self._next_position_B = self._next_position_B[place_B]
+        if self._stepper is not None:
+            self._stepper.select(place_B)
+            return
+        self._cache.batch_select_indices(place_B)
         if self._visible_BT is not None:
             self._visible_BT = self._visible_BT[place_B]
 
@@ -104,7 +116,7 @@ def decode(
     live = list(range(len(drawn)))
     batch.select(prompt_of_row)
     for step in range(max(limits)):
-        uniform_B = None if uniform_BT is None else uniform_BT[live, step]
+        uniform_B = None if uniform_BT is None else uniform_BT[:, step]
         token_B, logprob_B = draw(batch.logits_BV, sampling.temperature, sampling.top_p, uniform_B)
         going = []
         for place, (row, token, logprob) in enumerate(zip(live, token_B.tolist(), logprob_B.tolist(), strict=True)):
@@ -122,5 +134,6 @@ def decode(
         if len(going) < len(live):
             batch.select(going)
             live, token_B = [live[place] for place in going], token_B[going]
+            uniform_BT = None if uniform_BT is None else uniform_BT[going]
         batch.feed(token_B)
     return drawn

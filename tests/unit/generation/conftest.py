@@ -42,9 +42,9 @@ def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **c
         torch.manual_seed(seed)
         match family:
             case "llama":
-                model: Any = LlamaForCausalLM(LlamaConfig(**IDS, **SIZES, **GROUPED, **changes))
+                model: Any = LlamaForCausalLM(LlamaConfig(**{**IDS, **SIZES, **GROUPED, **changes}))
             case "qwen3":
-                model = Qwen3ForCausalLM(Qwen3Config(**IDS, **SIZES, **GROUPED, **changes))
+                model = Qwen3ForCausalLM(Qwen3Config(**{**IDS, **SIZES, **GROUPED, **changes}))
             case "gpt2":
                 sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": CONTEXT}
                 model = GPT2LMHeadModel(GPT2Config(**IDS, **sizes, **changes))

@@ -188,7 +188,8 @@ def test_p60_draws_follow_the_exact_distribution(
     seen = [counts[pair] for pair in common]
     expected = [pairs[pair] * draws for pair in common]
     assert len(common) > 15
-    seen, expected = [*seen, draws - sum(seen)], [*expected, draws - sum(expected)]
+    if len(common) < len(pairs):
+        seen, expected = [*seen, draws - sum(seen)], [*expected, draws - sum(expected)]
     assert chisquare(seen, expected).pvalue > 1e-3
 
 
