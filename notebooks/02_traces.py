@@ -356,7 +356,6 @@ STUDIES = [
     "self_taught",
     "trace_curation",
     "student_ladder",
-    "student_ladder_mix",
 ]
 shown = [name for name in STUDIES if (ROOT / "experiments" / name / "verdict.json").exists()]
 verdicts = {name: json.loads((ROOT / "experiments" / name / "verdict.json").read_text()) for name in shown}

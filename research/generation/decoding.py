@@ -1,4 +1,4 @@
-"""One batch of rows, token by token, over the library's own modules."""
+"""One batch of rows: its prompts through the library's pass, then token by token, by our own steps or through it."""
 
 import math
 from collections.abc import Collection, Sequence
