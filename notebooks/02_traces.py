@@ -388,7 +388,8 @@ for trace_format in TRACE_FORMATS:
 # One picture per study. *Top left*: accuracy of every seed (dots) with the mean and its 95 % interval (Student's t).
 # *Top right*: how the completions of an arm come to their answers, on the same rows. *Bottom left*: accuracy against
 # what training cost, rollouts included. *Bottom right*: the share of valid steps against the share of right answers;
-# on the diagonal they go together. Arms without chains have no valid steps and are not in it.
+# on the diagonal they go together. Arms without chains have no valid steps and are not in it. Where a study crosses its
+# arms with sizes, colour is the arm and the mark is the size, and costs are on a logarithmic axis.
 
 # %%
 ARM_COLOURS = ["#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#555555", "#8C6D31"]
@@ -402,6 +403,7 @@ OUTCOME_COLOURS = {
     "unchecked": "#9A9A9A",
     "no_chain": "#DDDDDD",
 }
+LEVEL_MARKERS = "osD^v"  # sizes of a student, in the order of the study
 for name in shown:
     study = read_study(ROOT / "experiments" / name)
     rows = csv.read_csv(ROOT / "experiments" / name / "results.csv").to_pylist()
@@ -416,13 +418,16 @@ for name in shown:
         layout="constrained",
     )
     left = {outcome: 0.0 for outcome in OUTCOME_COLOURS}
-    for place, found in enumerate(arms.values()):
-        colour = ARM_COLOURS[place % len(ARM_COLOURS)]
+    kinds = list(dict.fromkeys(found[0]["arm"] for found in arms.values()))
+    colours = [ARM_COLOURS[kinds.index(found[0]["arm"]) % len(ARM_COLOURS)] for found in arms.values()]
+    for place, (found, colour) in enumerate(zip(arms.values(), colours, strict=True)):
+        level = sum(other[0]["arm"] == found[0]["arm"] for other in list(arms.values())[:place])
+        mark = LEVEL_MARKERS[level % len(LEVEL_MARKERS)]
         accuracy = [row["test/accuracy"] for row in found]
         mean = summarise(accuracy)
         whisker = None if mean.low is None else [[mean.mean - mean.low], [mean.high - mean.mean]]
-        bar = {"fmt": "o", "ms": 6, "color": colour, "mec": "white", "capsize": 2.5, "zorder": 3}
-        axes["arms"].plot(accuracy, [place + 0.22] * len(found), "o", ms=3.5, color=colour, alpha=0.45, mec="none")
+        bar = {"fmt": mark, "ms": 6, "color": colour, "mec": "white", "capsize": 2.5, "zorder": 3}
+        axes["arms"].plot(accuracy, [place + 0.22] * len(found), mark, ms=3.5, color=colour, alpha=0.45, mec="none")
         axes["arms"].errorbar(mean.mean, place - 0.08, xerr=whisker, **bar)
         start = 0.0
         for outcome, shade in OUTCOME_COLOURS.items():
@@ -430,13 +435,13 @@ for name in shown:
             axes["outcomes"].barh(place, share, 0.7, start, color=shade, edgecolor="white", linewidth=0.5)
             start, left[outcome] = start + share, left[outcome] + share
         cost = [row["run_flops"] / 1e12 for row in found]
-        axes["cost"].plot(cost, accuracy, "o", ms=3.5, color=colour, alpha=0.45, mec="none")
+        axes["cost"].plot(cost, accuracy, mark, ms=3.5, color=colour, alpha=0.45, mec="none")
         axes["cost"].errorbar(summarise(cost).mean, mean.mean, yerr=whisker, **bar)
         checked = [row for row in found if row["test/step_validity"] is not None]
         points = [row["test/step_validity"] for row in checked], [row["test/accuracy"] for row in checked]
-        axes["steps"].plot(*points, "o", ms=5, color=colour, alpha=0.6, mec="white", mew=0.5)
+        axes["steps"].plot(*points, mark, ms=5, color=colour, alpha=0.6, mec="white", mew=0.5)
     axes["arms"].set_yticks(range(len(arms)), list(arms))
-    for tick, colour in zip(axes["arms"].get_yticklabels(), ARM_COLOURS * 9, strict=False):
+    for tick, colour in zip(axes["arms"].get_yticklabels(), colours, strict=True):
         tick.set_color(colour)
     axes["arms"].set(xlim=(-0.03, 1.03), ylim=(len(arms) - 0.4, -0.6), xlabel="accuracy", title="accuracy by arm")
     axes["outcomes"].set(xlim=(0, 1), ylim=(len(arms) - 0.4, -0.6), yticks=[], xlabel="share of completions")
@@ -445,7 +450,11 @@ for name in shown:
     keys = [plt.Rectangle((0, 0), 1, 1, color=OUTCOME_COLOURS[outcome]) for outcome in seen]
     place = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False, "fontsize": 9, "handlelength": 1}
     axes["outcomes"].legend(keys, seen, **place)
-    axes["cost"].set(xlim=(0, None), ylim=(-0.03, 1.03), xlabel="training, TFLOP", ylabel="accuracy")
+    axes["cost"].set(ylim=(-0.03, 1.03), xlabel="training, TFLOP", ylabel="accuracy")
+    if study.factors:
+        axes["cost"].set_xscale("log")
+    else:
+        axes["cost"].set_xlim(0, None)
     axes["cost"].set_title("accuracy against cost")
     axes["steps"].plot([0, 1], [0, 1], color="#BBBBBB", linewidth=0.8, zorder=0)
     axes["steps"].set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="valid steps", ylabel="accuracy")
