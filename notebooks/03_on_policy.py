@@ -41,6 +41,7 @@ from research.results.break_even import break_even, pareto_front
 from research.results.curve_figure import curve_files
 from research.results.curves import CURVES_FILE, read_study_curves
 from research.results.exposure import EXPOSURE_FILE, exposure_by_place
+from research.results.items import beyond, read_study_items
 from research.results.statistics import summarise
 from research.results.study_file import read_study
 from research.results.terminal import study_table, verdict_line
@@ -53,7 +54,7 @@ from research.text.templates import Plain
 ROOT = Path.cwd() if (Path.cwd() / "experiments").is_dir() else Path.cwd().parent
 STUDIES = [
     "method_table", "distill_vs_rl", "strong_to_weak", "strong_to_weak_sum2", "pass_at_k", "divergence_direction",
-    "two_modes",
+    "weak_teacher", "two_modes",
 ]  # fmt: skip
 FOLDERS = {name: ROOT / "experiments" / name for name in STUDIES}
 shown = [name for name in STUDIES if (FOLDERS[name] / "verdict.json").exists()]
@@ -188,6 +189,35 @@ else:
     axis.legend(loc="lower right", frameon=False)
     plt.show()
     display(Markdown(verdict_line(FOLDERS[name])))
+
+# %% [markdown]
+# ### Where the teacher itself fails (claim C27)
+#
+# A teacher that is right in two samples of five, and what its student, the answer key and both together make of the
+# problems that it solved in none of sixteen tries. They were picked by one draw of the teacher: in a second draw it
+# would solve some of them too, so the student that copies it is the line to compare with, not zero.
+
+# %%
+name = "weak_teacher"
+if name not in shown:
+    print(f"{name}: no results are committed yet.")
+else:
+    study = read_study(FOLDERS[name])
+    items = read_study_items(FOLDERS[name] / "items.parquet")
+    runs = [row for row in csv.read_csv(FOLDERS[name] / "results.csv").to_pylist() if row["status"] == "completed"]
+    heads = ["pass@1, all", "pass@16, all", "pass@1, where the teacher fails", "solved in 16 there"]
+    lines = [f"| arm | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
+    for arm in study.arms:
+        found = [row for row in runs if row["arm"] == arm]
+        there = [beyond(items, f"{arm}/seed={row['seed']}", f"teacher/seed={row['seed']}") for row in found]
+        columns = [[row[f"test/sampled_pass_at_{k}"] for row in found] for k in (1, 16)]
+        columns += [[one.pass_at_1 for one in there], [one.solved for one in there]]
+        means = [summarise(values) for values in columns]
+        cells = [f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]" for mean in means]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    problems = [one.problems for one in there]
+    told = f"Problems that the teacher fails: {min(problems)} to {max(problems)} of {len(items.index_I)} in a seed."
+    display(Markdown(f"{study.question}\n\n" + "\n".join(lines) + f"\n\n{told}\n\n{verdict_line(FOLDERS[name])}"))
 
 # %% [markdown]
 # ## 4. Exposure bias, place by place (claim C34)

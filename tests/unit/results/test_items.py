@@ -150,3 +150,15 @@ def test_c33_the_committed_pass_at_k_says_what_its_reading_says() -> None:
         for arm, found in arms.items()
     }
     assert told == {"sft": (0.996, 1.0), "on_policy": (0.973, 0.996), "grpo": (0.039, 0.33)}
+
+
+def test_c27_the_committed_weak_teacher_says_what_its_reading_says() -> None:
+    """Where the teacher has no right sample: what a start, its correction, an answer key, and both make of it."""
+    items = read_study_items(Path(__file__).parents[3] / "experiments" / "weak_teacher" / "items.parquet")
+    told = {"start": (0.20, 0.75), "on_policy": (0.07, 0.42), "on_policy_key": (0.37, 0.79), "grpo": (0.61, 0.89)}
+    for arm, expected in told.items():
+        found = [beyond(items, f"{arm}/seed={seed}", f"teacher/seed={seed}") for seed in range(8)]
+        assert {one.tries for one in found} == {16} and len(items.index_I) == 1016
+        assert (min(one.problems for one in found), max(one.problems for one in found)) == (26, 128)
+        means = [np.mean([getattr(one, name) for one in found]) for name in ("pass_at_1", "solved")]
+        assert [round(float(mean), 2) for mean in means] == list(expected)
