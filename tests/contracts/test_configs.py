@@ -372,8 +372,9 @@ def test_p30_every_experiment_runs_shrunk(
     untrained_teacher: Callable[[DictConfig], Path],
     tmp_path: Path,
 ) -> None:
-    """Two optimizer steps or more and the whole evaluation."""
+    """Two optimizer steps or more and the whole evaluation; `trainer=smoke` holds every experiment to four."""
     small = shrunk(name)
+    assert composed("train", f"experiment={name}", "trainer=smoke").trainer.max_steps == 4
     cfg = composed("train", f"experiment={name}", *small)
     paths = [f"{k}.path='{untrained_teacher(cfg)}'" for k in ("teacher", "reference") if cfg[k]._target_ is not None]
     done = distill("train", f"experiment={name}", "trainer=smoke", "hydra.run.dir=run", *small, *paths, cwd=tmp_path)
