@@ -35,7 +35,9 @@ def can_step(model: Any, device: torch.device) -> bool:
     config = model.config
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
         return False
-    if config.rope_parameters["rope_type"] in LENGTH_CHANGES_ROTATION or module_hooks._global_forward_hooks:
+    if config.rope_parameters["rope_type"] in LENGTH_CHANGES_ROTATION:
+        return False
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
         return False
     return all(_is_plain(module, family) for module in model.modules())
 
