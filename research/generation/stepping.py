@@ -100,8 +100,8 @@ class Layer:
         """At ``place``, the first that is free; where there is none, room for a quarter more is made."""
         if self.key_BHTD.shape[2] == place:
             self.key_BHTD, self.value_BHTD = _longer(self.key_BHTD), _longer(self.value_BHTD)
-        self.key_BHTD[:, :, place] = key_BHD
-        self.value_BHTD[:, :, place] = value_BHD
+        self.key_BHTD.select(2, place).copy_(key_BHD)
+        self.value_BHTD.select(2, place).copy_(value_BHD)
 
     def select(self, place_B: Tensor) -> None:
         """Keep these rows, in this order."""
@@ -139,7 +139,7 @@ class RotaryStepper:
         for layer in self._layers:
             hidden_BC = hidden_BC + self._attend(layer, _normed(hidden_BC, *layer.before), turn_B1D, seen_B11T)
             normed_BC = _normed(hidden_BC, *layer.after)
-            gated_BC = F.silu(F.linear(normed_BC, *layer.gate)) * F.linear(normed_BC, *layer.up)
+            gated_BC = F.silu(F.linear(normed_BC, *layer.gate), inplace=True).mul_(F.linear(normed_BC, *layer.up))
             hidden_BC = hidden_BC + F.linear(gated_BC, *layer.down)
         self._length += 1
         return F.linear(_normed(hidden_BC, *self._norm), *self._head)
@@ -182,7 +182,9 @@ def _norm(norm: Any) -> Norm:
 
 
 def _normed(input: Tensor, gain: Tensor, epsilon: float) -> Tensor:
-    """In float32 up to the gain, as the library's norms are."""
+    """In float32 up to the gain, as the library's norms are; torch's own norm goes on in the input's precision."""
+    if input.dtype == gain.dtype == torch.float32:
+        return F.rms_norm(input, gain.shape, gain, epsilon)
     wide = input.float()
     inverse_root = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
     return gain * (wide * inverse_root).to(input.dtype)

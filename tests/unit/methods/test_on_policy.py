@@ -183,6 +183,25 @@ def test_p52_a_hidden_signal_gives_the_dense_one_s_step(words: Any, objective: s
         assert ("rollout/entropy" in logged[1]) == (fraction == 1)
 
 
+@pytest.mark.parametrize("kind", ["dense", "hidden"])
+@pytest.mark.parametrize("fraction", [1.0, 0.0], ids=["own words", "stored traces"])
+@pytest.mark.parametrize("divergence", [*FORMULAS, "sampled_token"])
+def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(
+    words: Any, divergence: str, fraction: float, kind: str
+) -> None:
+    """Loss and gradient are zero in float32, and with another teacher they are not."""
+    data = words.make_data(num_stored=8)
+    options = {"objective": divergence} if divergence == "sampled_token" else {"divergence": divergence}
+    options |= {"on_policy_fraction": fraction, **FORMULAS.get(divergence, ({}, None))[0]}
+    found = {}
+    for seed in (0, 1):
+        teacher, watch = words.make_teacher(data, words.make_network(data, seed=seed).float(), signal=kind), words.Watch()
+        method = words.make_on_policy(data, teacher, words.make_network(data).float(), **options)
+        gradient = words.step_of(method, data, 2, log_every_n_steps=1, callbacks=[watch])
+        found[seed] = max(float(part.abs().max()) for part in gradient), abs(watch.logged[-1]["train/loss"])
+    assert max(found[0]) < 1e-6 and min(found[1]) > 1e-3
+
+
 # -- stored traces, and the coin --------------------------------------------------------------------------------------
 
 
