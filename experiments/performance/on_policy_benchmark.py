@@ -21,7 +21,7 @@ from typing import Any
 
 import lightning as L
 from benchmark import ratio
-from measuring import about, in_turn, write_between
+from measuring import Apart, about, in_turn, write_between
 from on_policy_setting import ONE_LAYER, SIZES, Clock, Setting, fitted, write_models
 
 from research.generation.decoding import LiveBatch
@@ -60,16 +60,16 @@ def step(setting: Setting, rounds: int) -> dict[str, Any]:
 
     rounded   ours with the teacher's weights in bfloat16, theirs in float32 as they were
     """
-    ours = {arm: partial(_seconds, setting, method) for arm, method in ARMS.items()}
     if find_spec("trl") is None:
-        seconds = in_turn(ours, rounds)["ours"]
+        with Apart(["ours"]) as apart:
+            seconds = in_turn({"ours": apart.call("ours", _seconds, setting, ARMS["ours"])}, rounds)["ours"]
         alone = {"ours_ms": round(1000 * statistics.median(seconds) / setting.steps, 2)}
         return alone | {name: {"missing": MISSING} for name in TRAINERS}
-    from on_policy_peers import Peers
-
-    peers = Peers(setting)
-    agreement = {name: peers.loss_differs_by(name) for name in TRAINERS}
-    measured = in_turn(ours | {name: partial(peers.seconds, name) for name in TRAINERS}, rounds)
+    with Apart([*ARMS, *TRAINERS]) as apart:
+        agreement = {name: apart.call(name, _loss_differs_by, setting, name)() for name in TRAINERS}
+        ours = {arm: apart.call(arm, _seconds, setting, method) for arm, method in ARMS.items()}
+        theirs = {name: apart.call(name, _seconds_of_peer, setting, name) for name in TRAINERS}
+        measured = in_turn(ours | theirs, rounds)
     return {
         name: ratio(measured[name], measured["ours"], setting.steps)
         | {"loss_differs_by": agreement[name]}
@@ -80,6 +80,18 @@ def step(setting: Setting, rounds: int) -> dict[str, Any]:
 
 def _seconds(setting: Setting, method: str) -> float:
     return fitted(setting, method, Clock).seconds
+
+
+def _seconds_of_peer(setting: Setting, name: str) -> float:
+    from on_policy_peers import Peers
+
+    return Peers(setting).seconds(name)
+
+
+def _loss_differs_by(setting: Setting, name: str) -> float:
+    from on_policy_peers import Peers
+
+    return Peers(setting).loss_differs_by(name)
 
 
 # -- where the time goes ----------------------------------------------------------------------------------------------

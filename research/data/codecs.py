@@ -59,10 +59,11 @@ class Codecs:
 
     @cached_property
     def teacher(self) -> Codec:
-        """The same tokens, other words around a problem; the student's own where the teacher has no template."""
+        """The same tokens and mode, other words around a problem; the student's own where it has no template."""
         if self._teacher_template is None:
             return self.student
-        return self._codec_of(self.student.tokenizer, self._teacher_template)
+        codec = self._codec_of(self.student.tokenizer, self._teacher_template)
+        return codec.marked(self._modes.mark(codec.template))
 
     def _codec_of(self, tokenizer: Any, template: Any) -> Codec:
         template = template(tokenizer=tokenizer) if isinstance(template, partial) else template

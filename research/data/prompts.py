@@ -45,17 +45,28 @@ def _in_mode(codec: Codec, mode: str | None) -> Codec:
 
 
 def stored_rows(
-    documents: Iterable[Document], traces: Sequence[Trace], codec: Codec, teacher_codec: Codec
+    documents: Iterable[Document], traces: Sequence[Trace], codec: Codec, teacher_codec: Codec, *, in_modes: bool
 ) -> list[StoredRow]:
     """Train documents, each with the prompt that the teacher would have read instead.
 
-    traces  those that the documents were made of, each at its document's ``index``; not looked at where the teacher is
-            asked as the student is
+    traces    those that the documents were made of, each at its document's ``index``; not looked at where the teacher
+              is asked as the student is
+    in_modes  whether each document asks for a mode, which its teacher is then asked for too
     """
     rows = []
     for document in documents:
         prompt = document.ids[: document.prompt_length]
         if teacher_codec is not codec:
-            prompt = tuple(teacher_codec.prompt_ids(traces[document.index].problem))
+            problem = traces[document.index].problem
+            mode = _mode_of(prompt, problem, codec) if in_modes else None
+            prompt = tuple(_in_mode(teacher_codec, mode).prompt_ids(problem))
         rows.append(StoredRow(document.ids, document.prompt_length, document.index, prompt))
     return rows
+
+
+def _mode_of(prompt: Sequence[int], problem: str, codec: Codec) -> str:
+    """The mode that a prompt asks for: that in whose words it is the problem's."""
+    for mode in codec.template.mode_marks:
+        if _in_mode(codec, mode).prompt_ids(problem) == list(prompt):
+            return str(mode)
+    raise RuntimeError(f"the prompt of the problem {problem!r} asks for no mode")

@@ -238,7 +238,8 @@ class TraceData(L.LightningDataModule):
     def stored_rows(self) -> list[StoredRow]:
         """The train documents beside the prompts, each with the prompt that the teacher would have read instead."""
         traces = () if self.teacher_codec is self.codec else self.traces()
-        return stored_rows(self.documents("train"), traces, self.codec, self.teacher_codec)
+        in_modes = self.modes.mixture == "two"
+        return stored_rows(self.documents("train"), traces, self.codec, self.teacher_codec, in_modes=in_modes)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and encode what training and validation need; test problems are drawn when they are asked for."""

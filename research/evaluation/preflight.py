@@ -132,8 +132,8 @@ class _Flight:
         if not problems:
             return Preflight((skipped("problems", f"the task {self.data.task.name} poses none to look at"),))
         prompts = {
-            "student": self.codec.template.prompt(problems[0].text),
-            "teacher": self.teacher_codec.template.prompt(problems[0].text),
+            "student": self.codec.prompt(problems[0].text),
+            "teacher": self.teacher_codec.prompt(problems[0].text),
         }
         try:
             with asking():
@@ -190,7 +190,7 @@ class _Flight:
         pairs = []
         for problem in problems:
             try:
-                document = self.codec.encode(reference_trace(problem))
+                document = self.codec.encode(self.data.modes.reference(reference_trace(problem)))
                 pairs.append(self._pair(problem, document.ids[: document.prompt_length], document.completion_ids))
             except Refused:
                 continue

@@ -106,7 +106,7 @@ def _read(
         its = collate([pair.teacher for pair in share], prompt_loss_weight=0.0, pad_id=pad_id).to(device)
         logits_NV = student(*own.network_inputs())[own.completion_BT].float()
         with asking():
-            signal = teacher.signal(its).at(its.completion_BT)
+            signal = teacher.signal_at(its, its.completion_BT)
         yield logits_NV, signal, own.label_BT[own.completion_BT]
 
 

@@ -10,7 +10,8 @@ from torch import nn
 class GenerationCost:
     """Work done by a generator, summed over its calls; ``after - before`` is one call's.
 
-    prompt_tokens    tokens of the prompts, each prompt once however many samples follow it
+    prompt_tokens    tokens of the prompts, each as often as it is run: once however many samples follow it, but by a
+                     generator in this process again in each batch where its samples are more than ``batch_rows``
     tokens           generated tokens, EOS included
     flops            of everything, the pass over the prompts included: estimate by :class:`DecoderFlops`, padding not
                      counted; None where the model is not known

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from research.generation.distribution import draw
-from research.generation.stepping import RotaryStepper, can_step
+from research.generation.stepping import RotaryStepper
+from research.models.rotary import is_plain
 from research.records import Sampling
 
 
@@ -50,7 +51,7 @@ class LiveBatch:
         pads_B = torch.tensor([width - len(ids) for ids in prompts], device=device)
         self._model, self._vocab_size, self._capacity = model, vocab_size, capacity
         self._cache: Any = DynamicCache(config=model.config)
-        self._can_step = can_step(model, device)
+        self._can_step = is_plain(model, device)
         self._stepper: RotaryStepper | None = None  # in the place of the cache, from the first token on
         self._visible_BT: Tensor | None = None
         if len({len(ids) for ids in prompts}) > 1:

@@ -4,6 +4,8 @@ Only temperature and top-p shape it. Penalties, top-k or min-p that a model's `g
 applied: what is drawn is the policy that is scored.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -11,16 +13,21 @@ from research.errors import ConfigError
 from research.records import Sampling
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Raise ConfigError naming the value of ``sampling`` that has no meaning."""
-    if sampling.num_samples < 1:
-        raise ConfigError(f"sampling.num_samples is {sampling.num_samples}; expected at least 1")
-    if sampling.max_new_tokens < 1:
-        raise ConfigError(f"sampling.max_new_tokens is {sampling.max_new_tokens}; expected at least 1")
-    if not 0.0 <= sampling.temperature < float("inf"):
-        raise ConfigError(f"sampling.temperature is {sampling.temperature}; expected 0 (greedy) or a positive number")
-    if not 0.0 < sampling.top_p <= 1.0:
-        raise ConfigError(f"sampling.top_p is {sampling.top_p}; expected above 0 and at most 1 (1: all tokens)")
+def check_sampling(sampling: Sampling, keys: Mapping[str, str] | None = None) -> None:
+    """Raise ConfigError naming the value of ``sampling`` that has no meaning.
+
+    keys  field -> the key that a user gave it by; None: ``sampling.FIELD``
+    """
+    meant = {
+        "num_samples": (sampling.num_samples >= 1, "at least 1"),
+        "max_new_tokens": (sampling.max_new_tokens >= 1, "at least 1"),
+        "temperature": (0.0 <= sampling.temperature < float("inf"), "0 (greedy) or a positive number"),
+        "top_p": (0.0 < sampling.top_p <= 1.0, "above 0 and at most 1 (1: all tokens)"),
+    }
+    for name, (has_meaning, expected) in meant.items():
+        if not has_meaning:
+            key = f"sampling.{name}" if keys is None else keys[name]
+            raise ConfigError(f"{key} is {getattr(sampling, name)}; expected {expected}")
 
 
 def drawn_from(logits_BV: Tensor, temperature: float, top_p: float) -> Tensor:

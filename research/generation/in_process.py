@@ -30,7 +30,10 @@ class LocalGenerator(AbstractGenerator):
                 ``pad_token_id`` (a tokenizer) where the arguments of that name are None
     eos_ids     any of these ends a completion
     pad_id      fills the left of short prompts; it is masked out, so that it may be an EOS
-    batch_rows  completions that grow together. It changes speed and memory; completions only by rounding
+    batch_rows  the most completions that grow together. It changes speed and memory; completions only by rounding.
+                A prompt's samples are in one batch and the prompt is run once, so that a batch may have fewer rows,
+                always more than half; where the samples of one prompt are more, it is run again in each batch that
+                they reach, which is counted in ``spent``
     device      where to move the model; None: where it is
     dtype       float32, bfloat16 or float16: to round the weights to while a batch grows; None: as they are
     vocab_size  tokens that may be drawn: the rows of a padded head above them stand for none. None: those that the
@@ -103,9 +106,10 @@ class LocalGenerator(AbstractGenerator):
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Written]:
         distinct = 1 if sampling.temperature == 0 else sampling.num_samples
         rows = [(prompt, sample) for prompt in prompts for sample in range(distinct)]
+        whole = self._batch_rows // distinct * distinct or self._batch_rows  # rows of whole prompts, where one fits
         pending: list[Completion] = []  # of the prompt that the last batch broke off in
-        for start in range(0, len(rows), self._batch_rows):
-            share = rows[start : start + self._batch_rows]
+        for start in range(0, len(rows), whole):
+            share = rows[start : start + whole]
             for (prompt, _), completion in zip(share, self._complete(share, sampling), strict=True):
                 pending.append(completion)
                 if len(pending) == distinct:

@@ -129,12 +129,13 @@ class AbstractMethod(L.LightningModule, ABC):
         """Whether stored traces are trained on where the data hold any: a run is charged for their writing."""
         return True
 
-    def teacher_signal(self, batch: Batch) -> TeacherSignal:
-        """The teacher's signal for a batch, its wall time added to the ledger."""
+    def teacher_signal(self, batch: Any, place_BT: Tensor | None = None) -> TeacherSignal:
+        """The teacher's signal for a batch, its wall time added to the ledger; of text, where a mask is given, at its
+        places alone, [N, ...]."""
         if self.teacher is None:
             raise ConfigError(f"the method {type(self).__name__} has no teacher")
         started = time.perf_counter()
-        signal = self.teacher.signal(batch)
+        signal = self.teacher.signal(batch) if place_BT is None else self.teacher.signal_at(batch, place_BT)
         self.teacher_seconds += time.perf_counter() - started
         self._teacher_was_asked = True
         self._step_teacher_flops += self.teacher.flops_of(batch)

@@ -36,14 +36,13 @@ def projection_at(network: Any, tokens: TokenBatch, vocab_size: int) -> HiddenPr
     return first_classes(projection.at(tokens.completion_BT), vocab_size)
 
 
-def signal_at(
-    signal: TeacherSignal, tokens: TokenBatch, vocab_size: int, top_k: int | None, chunk_rows: int | None = None
+def over_tokens(
+    signal: TeacherSignal, vocab_size: int, top_k: int | None, chunk_rows: int | None = None
 ) -> TeacherSignal:
-    """The teacher's signal at the same places; its ``top_k`` largest probabilities and a tail where that is asked.
+    """The teacher's signal over the same tokens; its ``top_k`` largest probabilities and a tail where that is asked.
 
     Raises ConfigError where it is asked of a signal that was cut already.
     """
-    signal = signal.at(tokens.completion_BT)
     if isinstance(signal, TopKLogprobs):
         if top_k is not None:
             kept = signal.ids_NK.shape[-1]

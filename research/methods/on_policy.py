@@ -1,5 +1,6 @@
 """On-policy distillation: the student writes, and the teacher's distribution corrects every token it wrote."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,15 +9,15 @@ from torch import Tensor
 from research.errors import ConfigError
 from research.losses.policy import check_clip, clipped_surrogate, group_advantage, teacher_advantage
 from research.methods.base import AbstractMethod, Component, Training
-from research.methods.completion_places import signal_at
+from research.methods.completion_places import over_tokens
 from research.methods.own_words import OwnStep, OwnWords
 from research.methods.rollouts import StepCounts, stored_as_batch
 from research.methods.sampled_places import check_policy_sampling, check_reduction, component, denominator
-from research.methods.soft_target import check_weights, checked_divergence
+from research.methods.soft_target import check_weights, checked_divergence, of_the_method
 from research.methods.student_form import Student, StudentForm
 from research.methods.token_validation import METRICS as TOKEN_METRICS
 from research.methods.token_validation import log_token_validation
-from research.records import Batch, PromptBatch, Sampling, TeacherSignal, TokenBatch
+from research.records import Batch, PromptBatch, Sampling, StoredRow, TeacherSignal, TokenBatch
 from research.seeding import rng_for
 from research.teachers.base import AbstractTeacher
 
@@ -176,8 +177,12 @@ class OnPolicy(AbstractMethod):
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"method.objective is {self.objective!r}; expected one of {', '.join(OBJECTIVES)}")
         ones_BT = torch.ones(1, 1)
-        teacher_advantage(ones_BT, ones_BT, ones_BT > 0, **self._advantage_options)
-        check_clip(**self._clip)
+        if not self._advantage_options["bound"] > 0:
+            bound = self._advantage_options["bound"]
+            raise ConfigError(f"method.advantage_bound is {bound}; expected a positive number of nats, or inf for none")
+        with of_the_method():
+            teacher_advantage(ones_BT, ones_BT, ones_BT > 0, **self._advantage_options)
+            check_clip(**self._clip)
         samples_alone = self._needs_logprobs and not (self.objective == "divergence" and self.soft_weight)
         with_sequence = samples_alone and self.on_policy_fraction == 1
         check_reduction(self.reduction, self.fixed_length, ("token", "fixed", *["sequence"] * with_sequence))
@@ -214,7 +219,10 @@ class OnPolicy(AbstractMethod):
                 "data.num_stored is 0, give the number of them per step"
             )
         self._pad_id, self._vocab_size, self._seed = data.codec.pad_id, data.codec.vocab_size, data.seed
-        self._own_words.connect(self.student, data)
+        positions = None if self.teacher is None or not self.soft_weight else self.teacher.max_positions
+        self._own_words.connect(self.student, data, positions)
+        if self.on_policy_fraction < 1 and positions is not None:
+            _check_stored(data.stored_rows(), positions)
 
     # -- one micro-batch ----------------------------------------------------------------------------------------------
 
@@ -268,8 +276,8 @@ class OnPolicy(AbstractMethod):
     # -- the terms ----------------------------------------------------------------------------------------------------
 
     def _signal(self, tokens: TokenBatch) -> TeacherSignal:
-        signal = self.teacher_signal(tokens)
-        return signal_at(signal, tokens, self._vocab_size, self.teacher_top_k, self._form.chunk_rows)
+        signal = self.teacher_signal(tokens, tokens.completion_BT)
+        return over_tokens(signal, self._vocab_size, self.teacher_top_k, self._form.chunk_rows)
 
     def _divergence(self, name: str, student: Student, signal: TeacherSignal, counts: StepCounts) -> Component:
         loss = self._form.soft_target(student, signal, **self._divergence_options)
@@ -297,3 +305,14 @@ class OnPolicy(AbstractMethod):
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Cross-entropy and accuracy at the completion's places, means over tokens."""
         log_token_validation(self, self.student, batch)
+
+
+def _check_stored(rows: Sequence[StoredRow], positions: int) -> None:
+    """Refuse stored traces that are too long for the teacher, before one of them comes."""
+    lengths = [len(row.teacher_prompt_ids) + len(row.ids) - row.prompt_length for row in rows]
+    too_long = sum(length > positions for length in lengths)
+    if too_long:
+        raise ConfigError(
+            f"{too_long} of {len(rows)} stored traces are longer than the teacher's {positions} positions as it reads "
+            f"them, up to {max(lengths)} tokens; lower data.max_tokens, or take a teacher with more positions"
+        )

@@ -112,8 +112,11 @@ class OwnWords:
         """How rollouts are drawn, ``max_new_tokens`` cut to the room there is."""
         return self._buffer.sampling
 
-    def connect(self, network: nn.Module, data: TraceData) -> None:
-        """Sample from this network the problems of these data, graded by their own verifier."""
+    def connect(self, network: nn.Module, data: TraceData, teacher_positions: int | None = None) -> None:
+        """Sample from this network the problems of these data, graded by their own verifier.
+
+        teacher_positions  see :meth:`RolloutBuffer.connect`
+        """
         codec = data.codec
         self._network, self._pad_id, self._vocab_size = network, codec.pad_id, codec.vocab_size
         if data.steps_per_rollout > 1 and not self._draws_the_policy:
@@ -123,7 +126,7 @@ class OwnWords:
                 "its whole distribution", data.steps_per_rollout, self.sampling.top_p, self.sampling.temperature,
             )  # fmt: skip
         self._reward = VerifierReward(Grader(data.task, codec.template, codec.layout), self._step_reward)
-        self._buffer.connect(network, data)
+        self._buffer.connect(network, data, teacher_positions)
 
     def of(self, batch: PromptBatch, device: torch.device) -> OwnStep:
         """The rollouts of a micro-batch, drawn with the first of its block.

@@ -20,7 +20,7 @@ from research.methods.base import AbstractMethod, Component, Training
 from research.methods.own_words import OwnStep, OwnWords
 from research.methods.rollouts import StepCounts, sum_over_ranks
 from research.methods.sampled_places import check_policy_sampling, check_reduction, component
-from research.methods.soft_target import check_weights
+from research.methods.soft_target import check_weights, of_the_method
 from research.methods.student_form import StudentForm
 from research.methods.token_validation import METRICS as TOKEN_METRICS
 from research.methods.token_validation import log_token_validation
@@ -90,7 +90,8 @@ class PolicyGradient(AbstractMethod):
         check_weights(policy_weight=1.0, kl_weight=kl_weight)
         check_policy_sampling(sampling_temperature, top_p)
         check_reduction(reduction, fixed_length)
-        check_clip(clip_low, clip_high)
+        with of_the_method():
+            check_clip(clip_low, clip_high)
         self.normalise, self.filter_groups = normalise, filter_groups
         self._clip = {"clip_low": clip_low, "clip_high": clip_high}
         self.reduction, self.fixed_length = reduction, fixed_length

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from research.data.traces import TraceData
+from research.errors import CheckpointError, ConfigError
 from research.generation.base import Prompt
 from research.generation.cost import GenerationCost
 from research.generation.distribution import check_sampling
@@ -25,6 +26,13 @@ from research.text.document import Document, collate
 log = logging.getLogger(__name__)
 
 Drawn = dict[int, tuple[Completion, ...]]  # by the problem's index
+DRAWN_WITH = ("num_samples", "temperature", "top_p")  # what the rollouts of one block have in common
+METHOD_KEYS = {
+    "num_samples": "method.num_samples",
+    "temperature": "method.sampling_temperature",
+    "top_p": "method.top_p",
+    "max_new_tokens": "method.max_new_tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -52,33 +60,57 @@ class RolloutBuffer:
     """Draws the rollouts of a block of prompts and hands them out, micro-batch by micro-batch and step by step.
 
     sampling  of every rollout; its seed is replaced by that of the run and the block. ``max_new_tokens`` is cut to what
-              a document holds behind the longest prompt
+              a document, the student and its teacher hold behind the longest prompt
 
-    Raises ConfigError for a sampling without meaning.
+    Raises ConfigError, naming the method's key, for a sampling without meaning.
     """
 
     def __init__(self, sampling: Sampling) -> None:
-        check_sampling(sampling)
+        check_sampling(sampling, METHOD_KEYS)
+        if sampling.temperature == 0 and sampling.num_samples > 1:
+            raise ConfigError(
+                f"method.num_samples is {sampling.num_samples} with method.sampling_temperature=0, where all samples "
+                "of a problem are the same; give 1, or a temperature above 0"
+            )
         self.sampling = sampling
+        self._restored: dict[str, Any] | None = None  # how a block from a checkpoint was drawn
         self._block: int | None = None
         self._drawn: Drawn = {}
         self._generator: LocalGenerator | None = None
         self._seed = 0
 
-    def connect(self, network: nn.Module, data: TraceData) -> None:
-        """Sample from this network, as it is at every draw, with the tokens and the seed of these data."""
+    def connect(self, network: nn.Module, data: TraceData, teacher_positions: int | None = None) -> None:
+        """Sample from this network, as it is at every draw, with the tokens and the seed of these data.
+
+        teacher_positions  tokens of the longest document that the teacher can read; None: any
+
+        Raises ConfigError where the longest prompt leaves a model no position for an answer.
+        """
         codec = data.codec
         self._generator = LocalGenerator(network, codec.tokenizer, eos_ids=codec.eos_ids, pad_id=codec.pad_id)
         self._seed = data.seed
-        longest = max(len(row.ids) for row in data.prompts())
-        room, asked = data.max_tokens - longest, self.sampling.max_new_tokens
+        own, its = (max(len(getattr(row, ids)) for row in data.prompts()) for ids in ("ids", "teacher_ids"))
+        limits = {
+            "data.max_tokens": (data.max_tokens, own),
+            "the student's positions": (getattr(network, "max_positions", None), own),
+            "the teacher's positions": (teacher_positions, its),
+        }
+        rooms = {name: (limit - used, used) for name, (limit, used) in limits.items() if limit is not None}
+        name, (room, longest) = min(rooms.items(), key=lambda item: item[1][0])
+        if room < 1:
+            raise ConfigError(
+                f"the longest prompt has {longest} tokens, and {name} are {room + longest}, which leaves none for an "
+                "answer; take a model with more positions, or shorter problems or templates"
+            )
+        asked = self.sampling.max_new_tokens
         if room < asked:
-            log.info("rollouts end after %d tokens: data.max_tokens less the longest prompt's %d", room, longest)
+            log.info("rollouts end after %d tokens: %s less the longest prompt's %d", room, name, longest)
         self.sampling = replace(self.sampling, max_new_tokens=min(asked, room))
 
     def ready(self, batch: PromptBatch) -> GenerationCost:
         """Have the rollouts of the batch's block at hand, on every rank; what drawing them cost, over all ranks."""
         if self._block == batch.block:
+            self._check_restored()
             return GenerationCost()
         if self._generator is None:
             raise RuntimeError("rollouts were asked for before the method was set up by a trainer")
@@ -86,12 +118,26 @@ class RolloutBuffer:
         prompts = [Prompt(row.problem.index, row.problem.text, row.ids) for row in batch.step_prompts]
         before = self._generator.spent
         written = {one.index: one.completions for one in self._generator.generate(prompts, sampling)}
-        self._block, self._drawn = batch.block, _from_all_ranks(written)
+        self._block, self._drawn, self._restored = batch.block, _from_all_ranks(written), None
         return _over_ranks(self._generator.spent - before)
 
     def of(self, rows: Sequence[PromptRow]) -> list[Rollout]:
         """The rollouts of these problems, the samples of each side by side; after :meth:`ready`."""
         return [Rollout(row, completion) for row in rows for completion in self._drawn[row.problem.index]]
+
+    def _check_restored(self) -> None:
+        """Refuse to go on within a block that was drawn in another way than it is asked for now."""
+        drawn, self._restored = self._restored or {}, None
+        now = {name: getattr(self.sampling, name) for name in drawn}
+        if now != drawn:
+            changed = [
+                f"{METHOD_KEYS[name]} {drawn[name]}, now {now[name]}" for name in drawn if now[name] != drawn[name]
+            ]
+            told = ", ".join(changed)
+            raise CheckpointError(
+                f"the checkpoint lies within a block of rollouts that were drawn with {told}; go on with what they "
+                "were drawn with, or from a checkpoint at the end of a block (data.steps_per_rollout)"
+            )
 
     def counts(self) -> StepCounts:
         """Of the rollouts of the block, over all ranks."""
@@ -101,11 +147,12 @@ class RolloutBuffer:
     def state_dict(self) -> dict[str, Any]:
         """The block that was drawn last, in plain values."""
         drawn = {index: [asdict(one) for one in completions] for index, completions in self._drawn.items()}
-        return {"block": self._block, "drawn": drawn}
+        asked = {name: getattr(self.sampling, name) for name in DRAWN_WITH}
+        return {"block": self._block, "drawn": drawn, "sampling": asked}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with a saved block."""
-        self._block = state["block"]
+        self._block, self._restored = state["block"], state.get("sampling")
         self._drawn = {int(index): tuple(map(Completion.from_plain, saved)) for index, saved in state["drawn"].items()}
 
 

@@ -1,6 +1,8 @@
 """Soft targets: match the teacher's softened distribution beside the label (Hinton, Vinyals and Dean, 2015)."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,8 +104,20 @@ def checked_divergence(**options: Any) -> dict[str, Any]:
     """Options of ``losses.soft_target``, tried once, so that what no step could use is refused before the first."""
     check_temperature(options["temperature"])
     uniform_NV = torch.zeros(1, 2)
-    soft_target(uniform_NV, DenseLogits(uniform_NV), **options)
+    with of_the_method():
+        soft_target(uniform_NV, DenseLogits(uniform_NV), **options)
     return options
+
+
+@contextmanager
+def of_the_method() -> Iterator[None]:
+    """What a loss refuses, as the ConfigError of a key of the method."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"method.{error}") from error
 
 
 def check_temperature(temperature: float) -> None:

@@ -85,6 +85,7 @@ class BatchFlops:
 def flops_of_inputs(module: nn.Module, inputs: tuple[Tensor, ...], *, backward: bool) -> float:
     """FLOPs of `module(*inputs)` on a copy on the meta device; of the inputs only shapes and dtypes are read."""
     shadow = _without_storage(module)
+    _fix_frequencies(shadow)
     counter = FlopCounterMode(display=False)
     with torch.enable_grad() if backward else torch.no_grad(), counter:
         logits = shadow(*(tensor.to("meta") for tensor in inputs))
@@ -99,3 +100,18 @@ def _without_storage(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         known[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
     return copy.deepcopy(module, known)
+
+
+def _fix_frequencies(shadow: nn.Module) -> None:
+    """Leave rotary frequencies of `transformers` as they are, whatever the length of the text.
+
+    Scaled ones (dynamic, longrope) would be chosen anew by the largest position, which has no value on the meta device.
+    Neither choice nor rotation counts anything.
+    """
+    part: Any
+    for part in shadow.modules():
+        match getattr(part, "rope_type", None):
+            case str():
+                part.rope_type = "default"
+            case dict() as of_layers:
+                part.rope_type = dict.fromkeys(of_layers, "default")

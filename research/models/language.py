@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from research.errors import ConfigError
 from research.models.hidden import check_projection, projection_of
 from research.models.language_configs import gpt2_config, rotary_config
+from research.models.rotary import hidden_at, is_plain
 from research.records import HiddenProjection
 
 ARCHITECTURES = ("llama", "qwen3", "gpt2")
 DEFAULT_ROPE_THETA = 10_000.0
 SHARD_SIZE = "5GB"  # of weights on disk
+FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"  # the library's names of types of layer
 
 
 class AbstractLanguageModel(nn.Module):
@@ -65,22 +67,62 @@ class AbstractLanguageModel(nn.Module):
             self._projects = True
         return projection_of(self.model, self._arguments(ids_BT, position_BT, segment_BT))
 
+    def reads_places(self, ids_BT: Tensor, position_BT: Tensor, segment_BT: Tensor) -> bool:
+        """Whether :meth:`hidden_projection_at` reads these rows to the bits of the library's own pass.
+
+        On a CPU, in eval mode, one document a row, for a model that ``rotary.is_plain`` with fused attention.
+        """
+        is_untouched = not (self.training or self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self))
+        return (
+            is_untouched
+            and ids_BT.device.type == "cpu"
+            and self.model.config._attn_implementation == "sdpa"
+            and is_plain(self.model, ids_BT.device)
+            and one_document_a_row(position_BT, segment_BT)
+        )
+
+    def hidden_projection_at(self, ids_BT: Tensor, position_BT: Tensor, place_BT: Tensor) -> HiddenProjection:
+        """Without gradient, last hidden states [N, D] at the places where the mask is True, and the head.
+
+        For rows that :meth:`reads_places`. Raises ValueError as :meth:`forward` does.
+        """
+        self._check_length(position_BT)
+        head = self.model.lm_head
+        return HiddenProjection(hidden_at(self.model, ids_BT, place_BT), head.weight, head.bias)
+
     def _arguments(self, ids_BT: Tensor, position_BT: Tensor, segment_BT: Tensor) -> dict[str, Any]:
         """What the library's model is called with."""
         self._check_length(position_BT)
-        mask: Tensor | None = None
+        mask: Tensor | dict[str, Tensor] | None = None
         if not one_document_a_row(position_BT, segment_BT):
             mask = self._attention_mask(segment_BT)
         else:  # padding stands behind the document, where causality alone hides it: no mask, the fast kernels
             position_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
         return {"input_ids": ids_BT, "attention_mask": mask, "position_ids": position_BT, "use_cache": False}
 
-    def _attention_mask(self, segment_BT: Tensor) -> Tensor:
-        seen_B1TT = same_document_and_before(segment_BT)
+    def _attention_mask(self, segment_BT: Tensor) -> Tensor | dict[str, Tensor]:
+        """Who sees whom, as the library takes it: one mask, or one for each type of layer where they differ.
+
+        It is taken as it is, so that a layer's sliding window has to be in it.
+        """
+        if segment_BT.is_meta:  # FLOPs are the same, whatever a mask hides
+            return self._for_attention(same_document_and_before(segment_BT))
+        windows = packed_windows(self.model, segment_BT.shape[1])
+        masks = {
+            window: self._for_attention(same_document_and_before(segment_BT, window))
+            for window in set(windows.values())
+        }
+        if len(masks) == 1:
+            return masks.popitem()[1]
+        return {layer_type: masks[window] for layer_type, window in windows.items()}
+
+    def _for_attention(self, seen_B1TT: Tensor) -> Tensor:
+        """The mask of fused kernels, which keep what is True, or of eager attention, which adds it to the scores."""
         if self.model.config._attn_implementation == "sdpa":
             return seen_B1TT
-        hidden = torch.finfo(self.model.dtype).min
-        return torch.zeros(seen_B1TT.shape, device=segment_BT.device).masked_fill(~seen_B1TT, hidden)
+        dtype = self.model.dtype
+        hidden = torch.finfo(dtype).min
+        return torch.zeros(seen_B1TT.shape, dtype=dtype, device=seen_B1TT.device).masked_fill(~seen_B1TT, hidden)
 
     def _check_length(self, position_BT: Tensor) -> None:
         limit = self.max_positions
@@ -196,14 +238,41 @@ def one_document_a_row(position_BT: Tensor, segment_BT: Tensor) -> bool:
     return bool(right_padded & ((position_BT == place_T) | ~inside_BT).all())
 
 
-def same_document_and_before(segment_BT: Tensor) -> Tensor:
+def same_document_and_before(segment_BT: Tensor, window: int | None = None) -> Tensor:
     """bool [B, 1, T, T], True where the query's place (third) may attend to the key's (last).
 
-    Padding attends to the padding before it, so that no row of the softmax is empty.
+    window  last places that a query attends to, its own among them, as transformers counts them; None: all before
+
+    A document's places stand beside each other, so that a window of the row is a window of the document. Padding
+    attends to the padding before it, so that no row of the softmax is empty.
     """
     length = segment_BT.shape[1]
     before_TT = torch.ones(length, length, dtype=torch.bool, device=segment_BT.device).tril()
+    if window is not None:
+        before_TT = before_TT.triu(1 - window)
     return ((segment_BT[:, :, None] == segment_BT[:, None, :]) & before_TT)[:, None]
+
+
+def packed_windows(model: Any, length: int) -> dict[str, int | None]:
+    """The window of each type of layer of a model, for rows of ``length`` tokens; None: as long as the row, or none.
+
+    Raises ConfigError for layers that a mask does not keep to one document as they are alone: recurrent ones,
+    convolutions, attention in chunks.
+    """
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    every_layer = FULL_ATTENTION if window is None else SLIDING_ATTENTION
+    layer_types = sorted(set(getattr(config, "layer_types", None) or [every_layer]))
+    others = [layer_type for layer_type in layer_types if layer_type not in (FULL_ATTENTION, SLIDING_ATTENTION)]
+    if others or getattr(model, "_is_stateful", False):
+        raise ConfigError(
+            f"a row holds several documents, or does not begin with one, and a {config.model_type} has layers of "
+            f"{', '.join(others) or 'a recurrent state'}, which no mask keeps to one document; expected layers of "
+            f"{FULL_ATTENTION} and {SLIDING_ATTENTION} alone: leave data.packed_to null for this model"
+        )
+    if window is not None and window >= length:
+        window = None
+    return {layer_type: window if layer_type == SLIDING_ATTENTION else None for layer_type in layer_types}
 
 
 def gated_width(hidden_size: int) -> int:

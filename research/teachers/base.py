@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from research.records import Batch, TeacherSignal
+from research.records import Batch, TeacherSignal, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class AbstractTeacher(ABC):
 
     num_classes: int
     identity: TeacherIdentity
+    max_positions: int | None = None  # tokens of the longest document that a teacher of text can read; None: any
     gives_hidden: bool = False  # whether its signals are hidden states and head: the student then gives its own so
 
     @abstractmethod
@@ -47,6 +49,10 @@ class AbstractTeacher(ABC):
 
         A subclass says which kind of `research.records.Batch` it takes.
         """
+
+    def signal_at(self, batch: TokenBatch, place_BT: Tensor) -> TeacherSignal:
+        """The signal of text at the places where the mask is True alone, [N, ...], row by row."""
+        return self.signal(batch).at(place_BT)
 
     def to(self, device: torch.device | str) -> "AbstractTeacher":
         """Move whatever lives on a device there; returns self."""

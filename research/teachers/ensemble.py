@@ -22,6 +22,7 @@ class _MemberFacts:
     num_classes: int
     identity: TeacherIdentity
     flops: float | None  # of a row; None for language models, whose rows have any length
+    max_positions: int | None
 
 
 class EnsembleTeacher(AbstractTeacher):
@@ -63,6 +64,7 @@ class EnsembleTeacher(AbstractTeacher):
                     f"{fact.identity.source} predicts {fact.num_classes} classes, {facts[0].identity.source} predicts "
                     f"{self.num_classes}; the members of an ensemble must share their classes"
                 )
+        self.max_positions = min((fact.max_positions for fact in facts if fact.max_positions is not None), default=None)
         self._hashes = [fact.identity.sha256 for fact in facts]
         self._flops = None if facts[0].flops is None else sum(fact.flops or 0.0 for fact in facts)
         self._flops_of_shape: dict[tuple[int, ...], float] = {}
@@ -82,7 +84,7 @@ class EnsembleTeacher(AbstractTeacher):
         if not self._streamed:
             self._kept.append(member)
         flops = None if member.is_language_model else member.flops_per_row()
-        return _MemberFacts(member.num_classes, member.identity, flops)
+        return _MemberFacts(member.num_classes, member.identity, flops, member.max_positions)
 
     def signal(self, batch: Batch) -> DenseLogits:
         total = self._logprobs(0, batch)

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from research.errors import ConfigError
+from research.losses.projection import project
 from research.models.flops import BatchFlops, flops_per_row
 from research.models.language import AbstractLanguageModel
 from research.models.weights import refuse_zero_weights, weights_sha256
-from research.records import Batch, DenseLogits, HiddenProjection
+from research.records import Batch, DenseLogits, HiddenProjection, TokenBatch
 from research.teachers.base import AbstractTeacher, TeacherIdentity
 
 
@@ -52,6 +53,7 @@ class FrozenTeacher(AbstractTeacher):
                 "are given by language models, use signal=dense"
             )
         self.gives_hidden = signal == "hidden"
+        self.max_positions = getattr(loaded.network, "max_positions", None)
         refuse_zero_weights(loaded.network, loaded.source)
         self._network = loaded.network.eval().requires_grad_(False)
         self._input_shape = loaded.input_shape
@@ -84,6 +86,19 @@ class FrozenTeacher(AbstractTeacher):
             if self.gives_hidden:
                 return self._network.hidden_projection(*inputs)  # type: ignore[operator]
             return DenseLogits(self._network(*inputs).float())
+
+    @torch.no_grad()
+    def signal_at(self, batch: TokenBatch, place_BT: Tensor) -> DenseLogits | HiddenProjection:
+        """The same; where a language model can, its last layer and head run at those places alone.
+
+        :meth:`flops_of` counts them everywhere, as for a teacher that cannot.
+        """
+        inputs = batch.network_inputs()
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            if not (self.is_language_model and self._network.reads_places(*inputs)):  # type: ignore[operator]
+                return self.signal(batch).at(place_BT)
+            hidden = self._network.hidden_projection_at(batch.ids_BT, batch.position_BT, place_BT)  # type: ignore[operator]
+            return hidden if self.gives_hidden else DenseLogits(project(hidden).float())
 
     def to(self, device: torch.device | str) -> "FrozenTeacher":
         self._network.to(device)

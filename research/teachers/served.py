@@ -132,6 +132,12 @@ class ServedTeacher(AbstractTeacher):
             details={**self._details, "extra_body": dict(self._connection.fixed), "card": card},
         )
 
+    @property
+    def max_positions(self) -> int | None:  # type: ignore[override]  # the server is asked, as for the identity
+        """What the server's card says, less the token that it writes behind every document; None: it does not say."""
+        told = self.identity.details["card"].get("max_model_len")
+        return told - 1 if isinstance(told, int) else None
+
     def signal(self, batch: TokenBatch) -> TopKLogprobs:
         documents = _wanted(batch)
         shape = (*batch.ids_BT.shape, self._top_k)

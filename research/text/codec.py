@@ -96,10 +96,14 @@ class Codec:
         other.mark = mark
         return other
 
+    def prompt(self, problem_text: str) -> str:
+        """A problem as it is posed, in words."""
+        return self.template.prompt(problem_text + self.mark)
+
     def prompt_ids(self, problem_text: str) -> list[int]:
         """The ids that generation starts from. Raises ControlToken or UnknownCharacter."""
         self.encoder.refuse_control_tokens(problem_text, "problem")
-        ids = self.encoder.start(self.template.prompt(problem_text + self.mark))
+        ids = self.encoder.start(self.prompt(problem_text))
         if self.max_prompt_tokens is not None:
             ids = ids[-(self.max_prompt_tokens - len(self.bos_ids)) :]
         return [*self.bos_ids, *ids]
@@ -164,7 +168,7 @@ class Codec:
         told = {
             "tokenizer": tokenizer_sha256(self.tokenizer),
             "template": type(self.template).__name__,
-            "prompt": self.template.prompt(SAMPLE_PROBLEM + self.mark),
+            "prompt": self.prompt(SAMPLE_PROBLEM),
             "completion": [self.template.completion(SAMPLE_CHAIN, SAMPLE_ANSWER, self.layout)],
             "trace_format": self.trace_format,
             "max_prompt_tokens": self.max_prompt_tokens,

@@ -103,6 +103,28 @@ def test_prompts_are_posed_in_both_modes_half_and_half() -> None:
         assert (" /think\n" in theirs) == mine.endswith("T=") and (" /no_think\n" in theirs) == mine.endswith("N=")
 
 
+class Colon(Plain):
+    """Asks with a colon."""
+
+    alphabet = f"{Plain.alphabet}:"
+
+    def prompt(self, problem: str) -> str:
+        return f"{problem}:"
+
+
+def test_a_teacher_under_another_template_is_asked_for_the_same_mode() -> None:
+    """Behind stored traces each in its own, behind held-out problems in the one that is asked for."""
+    options = {"modes": "two", "mode": "no_think", "num_prompts": 4, "num_stored": 4}
+    data = make(**options, teacher_template=Colon())
+    rows, read = data.stored_rows(), data.codec.tokenizer.decode
+    pairs = [(read(row.ids[: row.prompt_length]), read(row.teacher_prompt_ids)) for row in rows]
+    assert all(theirs == f"{mine.removesuffix('=')}:" for mine, theirs in pairs)
+    assert [mine[-2] for mine, _ in pairs].count("N") == 15 and len(pairs) == 31
+    assert read(data.teacher_codec.prompt_ids("1+2")) == data.teacher_codec.prompt("1+2") == "1+2N:"
+    unmarked = make(**{**options, "modes": "unmarked"}, teacher_template=Colon())
+    assert unmarked.codec.tokenizer.decode(unmarked.stored_rows()[0].teacher_prompt_ids)[-2:].strip("0123456789") == ":"
+
+
 def test_a_trace_without_chain_is_in_neither_mode() -> None:
     traces = [reference_trace(problem) for problem in TASK.problems("train", 8)]
     given = [trace if place % 4 else replace(trace, chain="") for place, trace in enumerate(traces)]

@@ -258,6 +258,22 @@ def test_p41_each_side_is_asked_under_its_own_template(tmp_path: Path) -> None:
     assert int(seen[0].completion_BT[0].sum()) == len(own.completion_ids)
 
 
+def test_both_sides_are_asked_for_the_mode_and_compared_on_what_it_writes() -> None:
+    """Without a chain where none is asked for; the prompts that are shown ask for it."""
+    asked, seen = make_data(modes="two", mode="no_think"), []
+
+    class Listening(Other):
+        def signal(self, batch: TokenBatch) -> TeacherSignal:
+            seen.append(batch)
+            return super().signal(batch)
+
+    report = preflight(make_network(asked), Listening(asked.codec.vocab_size), asked, num_problems=3)
+    problem = asked.problems("val")[0]
+    assert report.prompts == dict.fromkeys(("student", "teacher"), f"{problem.text}N=")
+    length = int((seen[0].segment_BT[0] > 0).sum())
+    assert asked.codec.tokenizer.decode(seen[0].ids_BT[0, : length - 1]) == f"{problem.text}N=#{problem.answer}"
+
+
 @pytest.mark.parametrize(
     ("prompt", "mode"),
     [

@@ -325,6 +325,30 @@ def test_finished_rows_leave_and_a_prompt_runs_once(language_model: Build, spell
     assert generator.spent.tokens == sum(lengths) and generator.spent.prompt_tokens == 20
 
 
+@pytest.mark.parametrize("batch_rows", [3, 4, 5, 7, 256])
+def test_a_prompt_runs_once_whatever_the_batch(batch_rows: int, language_model: Build, spelled: Any) -> None:
+    """Three samples of each prompt: batches end where a prompt does, so that what is spent does not depend on them."""
+    model, prompts = language_model("llama", dtype=torch.float64), prompts_of(RAGGED)
+    reference = LocalGenerator(model, spelled)
+    expected = texts(written(reference, prompts, SAMPLED))
+    passes: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda _, given, __: passes.append(given[0].shape[0]))
+    generator = LocalGenerator(model, spelled, batch_rows=batch_rows)
+    assert texts(written(generator, prompts, SAMPLED)) == expected
+    spent, whole = generator.spent, reference.spent
+    assert (spent.prompt_tokens, spent.tokens) == (whole.prompt_tokens, whole.tokens)
+    assert spent.prompt_tokens == sum(RAGGED) and spent.prompt_flops == whole.prompt_flops
+    assert spent.flops == pytest.approx(whole.flops, rel=1e-12)
+    assert max(passes) <= batch_rows
+
+
+def test_a_prompt_of_more_samples_than_rows_is_counted_in_every_batch(language_model: Build, spelled: Any) -> None:
+    """Two prompts of five samples in batches of four: the rows are 4, 1 + 3, 2, and each prompt runs twice."""
+    generator = LocalGenerator(language_model("llama"), spelled, batch_rows=4)
+    list(generator.generate(prompts_of((4, 6)), Sampling(5, 1.0, 1.0, 8, 0)))
+    assert generator.spent.prompt_tokens == 2 * (4 + 6)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_flops_are_those_of_torchs_counter(family: str, language_model: Build, spelled: Any) -> None:
     """Prompts of one token, where no attention is spent on what the causal mask hides."""

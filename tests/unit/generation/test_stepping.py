@@ -12,7 +12,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from research.generation.base import Prompt
 from research.generation.decoding import LiveBatch
 from research.generation.in_process import LocalGenerator
-from research.generation.stepping import RotaryStepper, can_step
+from research.generation.stepping import RotaryStepper
+from research.models.rotary import is_plain
 from research.records import Sampling
 
 Build = Callable[..., Any]
@@ -58,7 +59,7 @@ def whole_pass(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
 @torch.no_grad()
 def compare(model: Any, lengths: Sequence[int] = RAGGED, tokens: int = 75, close: float = 2e-5) -> None:
     """Feed random tokens; some rows leave on the way, others are taken twice or change places."""
-    assert can_step(model, CPU)
+    assert is_plain(model, CPU)
     rows = rows_of(lengths)
     batch = LiveBatch(model, rows, 0, tokens, CPU)
     chosen = {0: (0, 0, 1, 2, 3), 20: (4, 2, 1), 40: (1, 0, 1)}
@@ -161,10 +162,10 @@ CHANGED = [adapted, hooked, hooked_before, replaced]
 def test_a_model_that_does_more_is_asked_itself(change: Callable[[Any], None], language_model: Build) -> None:
     """And what it does more is in what it writes."""
     model, rows = language_model("llama", **LONG), rows_of(RAGGED)
-    assert can_step(model, CPU)
+    assert is_plain(model, CPU)
     plain_BV = whole_pass(model, rows)
     change(model)
-    assert not can_step(model, CPU)
+    assert not is_plain(model, CPU)
     assert not torch.allclose(whole_pass(model, rows), plain_BV, atol=1e-2)
     with torch.no_grad():
         batch = LiveBatch(model, rows, 0, 1, CPU)
@@ -184,20 +185,20 @@ def test_a_model_that_does_more_is_asked_itself(change: Callable[[Any], None], l
     ids=["another family", "another activation", "a rotation that follows the length", "a window"],
 )
 def test_other_models_are_asked_themselves(family: str, changes: dict[str, Any], language_model: Build) -> None:
-    assert can_step(language_model("qwen3"), CPU) and not can_step(language_model(family, **changes), CPU)
+    assert is_plain(language_model("qwen3"), CPU) and not is_plain(language_model(family, **changes), CPU)
 
 
 @pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
 def test_autocast_and_hooks_of_all_modules_ask_the_model(register: Callable[..., Any], language_model: Build) -> None:
     model = language_model("llama")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not can_step(model, CPU)
+        assert not is_plain(model, CPU)
     handle = register(lambda *_: None)
     try:
-        assert not can_step(model, CPU)
+        assert not is_plain(model, CPU)
     finally:
         handle.remove()
-    assert can_step(model, CPU)
+    assert is_plain(model, CPU)
 
 
 # -- in the generator -------------------------------------------------------------------------------------------------

@@ -195,7 +195,10 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(
     options |= {"on_policy_fraction": fraction, **FORMULAS.get(divergence, ({}, None))[0]}
     found = {}
     for seed in (0, 1):
-        teacher, watch = words.make_teacher(data, words.make_network(data, seed=seed).float(), signal=kind), words.Watch()
+        teacher, watch = (
+            words.make_teacher(data, words.make_network(data, seed=seed).float(), signal=kind),
+            words.Watch(),
+        )
         method = words.make_on_policy(data, teacher, words.make_network(data).float(), **options)
         gradient = words.step_of(method, data, 2, log_every_n_steps=1, callbacks=[watch])
         found[seed] = max(float(part.abs().max()) for part in gradient), abs(watch.logged[-1]["train/loss"])

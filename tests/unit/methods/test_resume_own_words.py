@@ -179,7 +179,7 @@ def test_p83_p84_what_a_checkpoint_holds(words: Any, tmp_path: Path, name: str) 
     tensors = [one for state in checkpoint["optimizer_states"][0]["state"].values() for one in state.values()]
     assert len(tensors) == 3 * len(parameters)
     rollouts = checkpoint["own_words"]["rollouts"]
-    assert set(rollouts) == {"block", "drawn"} and rollouts["block"] <= 1
+    assert set(rollouts) == {"block", "drawn", "sampling"} and rollouts["block"] <= 1
     del checkpoint["state_dict"], checkpoint["optimizer_states"]
     (random_state,) = (tensor for tensor in tensors_in(checkpoint) if tensor.ndim)
     assert random_state.shape == torch.get_rng_state().shape, "no other weights"

@@ -1,12 +1,14 @@
 """Who teaches, what it reads, and how the student's own words are drawn."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from research.errors import ConfigError, RolloutError
+from research.errors import CheckpointError, ConfigError, RolloutError
 from research.teachers.top_k import keep_top_k
 from research.text.encoder import TextEncoder
 
@@ -63,14 +65,14 @@ def test_p40_completions_are_never_encoded_again(words: Any, monkeypatch: pytest
     data = words.make_data(num_train=50, num_prompts=50, num_val=0)
     data.setup()
     method, scored, encoded = words.make_on_policy(data, num_samples=10), [], []
-    signal = method.teacher.signal
+    signal_at = method.teacher.signal_at
 
-    def listening(batch: Any) -> Any:
+    def listening(batch: Any, place_BT: Tensor) -> Any:
         for index, label_T, mask_T in zip(batch.index_D, batch.label_BT, batch.completion_BT, strict=True):
             scored.append((int(index), label_T[mask_T].tolist()))
-        return signal(batch)
+        return signal_at(batch, place_BT)
 
-    monkeypatch.setattr(method.teacher, "signal", listening)
+    monkeypatch.setattr(method.teacher, "signal_at", listening)
     encode = TextEncoder._encode
     monkeypatch.setattr(TextEncoder, "_encode", lambda self, text: (encoded.append(text), encode(self, text))[1])
     words.step_of(method, data)
@@ -108,8 +110,8 @@ def test_a_signal_that_was_cut_already_is_not_cut_again(words: Any, monkeypatch:
     data = words.make_data()
     gradients = [words.step_of(words.make_on_policy(data, teacher_top_k=3), data)]
     teacher = words.make_teacher(data)
-    signal = teacher.signal
-    monkeypatch.setattr(teacher, "signal", lambda batch: keep_top_k(signal(batch), 3))
+    signal_at = teacher.signal_at
+    monkeypatch.setattr(teacher, "signal_at", lambda batch, place_BT: keep_top_k(signal_at(batch, place_BT), 3))
     gradients.append(words.step_of(words.make_on_policy(data, teacher), data))
     words.assert_same(gradients[1], gradients[0])
     with pytest.raises(ConfigError, match=r"method.teacher_top_k is 2, and this teacher gives its 3 largest"):
@@ -120,9 +122,10 @@ def test_a_signal_that_was_cut_already_is_not_cut_again(words: Any, monkeypatch:
 
 
 def replayed(words: Any, data: Any, drawn: dict[str, Any], **options: Any) -> tuple[float, Tensor]:
-    """Loss and gradient on rollouts that are given, as a resumed run has them."""
+    """Loss and gradient on rollouts that are given, however they were drawn."""
     method, watch = words.make_on_policy(data, **options), words.Watch()
-    method._own_words.load_state_dict(drawn)
+    rollouts = {key: value for key, value in drawn["rollouts"].items() if key != "sampling"}
+    method._own_words.load_state_dict({**drawn, "rollouts": rollouts})
     gradient = words.flat(words.step_of(method, data, callbacks=[watch]))
     assert words.rollouts_of(method) == drawn["check"]
     return watch.losses[0], gradient
@@ -143,6 +146,78 @@ def test_p16_sampling_and_distillation_temperature_are_two_things(words: Any) ->
     hot = words.make_on_policy(data, sampling_temperature=2.0)
     words.step_of(hot, data)
     assert words.rollouts_of(hot) != drawn["check"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_samples": 4}, r"method.num_samples 2, now 4; go on"),
+        ({"num_samples": 3}, r"method.num_samples 2, now 3; go on"),
+        ({"sampling_temperature": 0.5}, r"method.sampling_temperature 1.0, now 0.5; go on"),
+    ],
+    ids=str,
+)
+def test_a_block_goes_on_as_it_was_drawn_or_not_at_all(
+    words: Any, tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    """Two samples a problem would be compared as four of another; at the end of a block a change is free."""
+    data, ends = words.make_data(steps_per_rollout=2), {}
+    for steps in (1, 2):
+        trainer = words.fit(words.make_on_policy(data, lr=0.01, num_samples=2), data, max_steps=steps)
+        ends[steps] = tmp_path / f"{steps}.ckpt"
+        trainer.save_checkpoint(ends[steps])
+
+    def gone_on(steps: int, **options: Any) -> Any:
+        method = words.make_on_policy(data, lr=0.01, **{"num_samples": 2, **options})
+        trainer = words.make_trainer(max_steps=4)
+        trainer.fit(method, datamodule=data, ckpt_path=ends[steps], weights_only=True)
+        return method
+
+    with pytest.raises(CheckpointError, match=told):
+        gone_on(1, **changes)
+    for steps, options in ((1, {}), (2, changes)):
+        drawn = words.rollouts_of(gone_on(steps, **options))
+        assert all(len(samples) == {"num_samples": 2, **options}["num_samples"] for samples in drawn.values())
+
+
+POSITIONS = {
+    "student": ({"max_positions": 9}, {}, r"rollouts end after 4 tokens: the student's positions less"),
+    "teacher": ({}, {"max_positions": 10}, r"rollouts end after 4 tokens: the teacher's positions less"),
+    "neither": ({}, {}, None),
+}
+
+
+@pytest.mark.parametrize("short", POSITIONS)
+def test_rollouts_end_where_a_model_s_positions_do(words: Any, short: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Prompts of up to five tokens, six as the teacher reads them; no document is too long for either."""
+    own, its, told = POSITIONS[short]
+    data = words.make_data(teacher_template=words.Bare(":;"))
+    teacher = words.make_teacher(data, words.make_network(data, 1, **its))
+    method = words.make_on_policy(data, teacher, words.make_network(data, **own), num_samples=4)
+    with caplog.at_level("INFO", logger="research"):
+        words.step_of(method, data)
+    longest = max(len(one.ids) for samples in words.rollouts_of(method).values() for one in samples)
+    assert longest == (8 if told is None else 4)
+    assert (told is None) != (re.search(str(told), caplog.text) is not None)
+
+
+def test_a_prompt_without_room_behind_it_is_refused_before_the_first_step(words: Any) -> None:
+    data = words.make_data(teacher_template=words.Bare(":;"))
+    for own, its, told in (({"max_positions": 5}, {}, "5 tokens, and the student's positions are 5"),
+                           ({}, {"max_positions": 6}, "6 tokens, and the teacher's positions are 6")):  # fmt: skip
+        teacher = words.make_teacher(data, words.make_network(data, 1, **its))
+        with pytest.raises(ConfigError, match=told):
+            words.step_of(words.make_on_policy(data, teacher, words.make_network(data, **own)), data)
+
+
+def test_stored_traces_too_long_for_the_teacher_are_refused_before_the_first_step(words: Any) -> None:
+    data = words.make_data(num_stored=8, teacher_template=words.Bare(":;"))
+    teacher = words.make_teacher(data, words.make_network(data, 1, max_positions=11))
+    lengths = [len(row.teacher_prompt_ids) + len(row.ids) - row.prompt_length for row in data.stored_rows()]
+    told = rf"{sum(length > 11 for length in lengths)} of 8 stored traces are longer than the teacher's 11 positions"
+    assert 0 < sum(length > 11 for length in lengths) < 8
+    with pytest.raises(ConfigError, match=told):
+        words.step_of(words.make_on_policy(data, teacher, on_policy_fraction=0.5), data)
 
 
 def test_p60_a_model_s_own_generation_config_changes_nothing(words: Any) -> None:

@@ -1,15 +1,23 @@
 """The FLOP counter against closed forms (a multiply-add counts two; biases, activations and losses count nothing)."""
 
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
+from research.data.traces import TraceData
+from research.methods.base import Training
+from research.methods.sft_trace import SftTrace
 from research.models.classifiers import ConvNet, Mlp
-from research.models.flops import flops_by_length, flops_of_inputs, flops_per_row, flops_per_row_of
+from research.models.flops import BatchFlops, flops_by_length, flops_of_inputs, flops_per_row, flops_per_row_of
 from research.models.language import LanguageModel
 from research.models.weights import weights_sha256
+from research.tasks.addition import Addition
+from research.text.templates import Plain
 
 
 @pytest.mark.parametrize("hidden", [[800, 800], [30], [20, 10, 5]])
@@ -118,3 +126,69 @@ def test_counting_text_touches_neither_weights_nor_random_numbers() -> None:
     assert weights_sha256(network) == before and torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None and not parameter.is_meta for parameter in network.parameters())
     assert network.model.lm_head.weight is network.model.get_input_embeddings().weight
+
+
+# -- rotary frequencies that depend on the text's length --------------------------------------------------------------
+
+SCALED: dict[str, dict[str, Any]] = {
+    "dynamic": {"factor": 4.0},
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 8},
+}
+
+
+def with_rope(network: LanguageModel, rope_type: str) -> LanguageModel:
+    """The network with another scaling of its rotary positions and the same weights."""
+    config = type(network.model.config).from_dict(network.model.config.to_dict())
+    config.rope_parameters = {"rope_type": rope_type, "rope_theta": 10_000.0, **SCALED[rope_type]}
+    scaled = type(network.model)(config)
+    scaled.load_state_dict(network.model.state_dict())
+    network.model = scaled
+    return network
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("rope_type", SCALED)
+def test_scaled_rotary_positions_count_as_plain_ones(rope_type: str, backward: bool) -> None:
+    plain, scaled = language_model("llama"), with_rope(language_model("llama"), rope_type)
+    kept = scaled.model.model.rotary_emb.inv_freq.clone()
+    for length in (7, 64):
+        expected = flops_per_row_of(plain, text(2, length), backward=backward)
+        assert flops_per_row_of(scaled, text(2, length), backward=backward) == expected > 0
+    rotary = scaled.model.model.rotary_emb
+    assert rotary.rope_type == rope_type and torch.equal(rotary.inv_freq, kept), "counting changed the model"
+
+
+def test_scaling_of_some_layers_counts_as_plain() -> None:
+    """Gemma 3 has one rotation for each type of layer."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    counted = []
+    for scaling in ({"rope_type": "default"}, {"rope_type": "dynamic", **SCALED["dynamic"]}):
+        network = language_model("llama")
+        rope = {"full_attention": {"rope_theta": 1e6, **scaling}, "sliding_attention": {"rope_type": "default"}}
+        config = Gemma3TextConfig(
+            vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, layer_types=list(rope), rope_parameters=rope,
+        )  # fmt: skip
+        network.model = Gemma3ForCausalLM(config)
+        counted.append(flops_per_row_of(network, text(2, 16), backward=True))
+    assert counted[0] == counted[1] > 0
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own
+def test_a_step_of_a_model_with_dynamic_positions_is_in_the_ledger() -> None:
+    spent = []
+    for scale in (lambda network: network, partial(with_rope, rope_type="dynamic")):
+        data = TraceData(
+            task=Addition(), template=Plain(), num_train=4, num_val=0, num_test=0, batch_size=4, max_tokens=96
+        )
+        network = scale(language_model("llama", max_positions=16, vocab_size=data.facts()["vocab_size"]))
+        network.max_positions = None  # documents longer than it was made for, so that frequencies do change
+        method = SftTrace(Training(network, partial(torch.optim.SGD, lr=0.1), None, {}))
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        trainer = L.Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, **quiet)
+        trainer.fit(method, datamodule=data)
+        spent.append(method.update_flops)
+        batch = next(iter(data.train_dataloader()))
+        assert method.update_flops == BatchFlops(network, backward=True).of(batch) > 0
+    assert spent[0] == spent[1] and network.model.model.rotary_emb.max_seq_len_cached > 16

@@ -159,6 +159,12 @@ def test_the_mask_by_hand() -> None:
     assert same_document_and_before(torch.tensor([[1, 1, 2, 0, 0]])).int().tolist() == [[expected]]
 
 
+def test_the_mask_of_a_window_by_hand() -> None:
+    """A window of two places: the query's own and the one before."""
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+    assert same_document_and_before(torch.tensor([[1, 1, 1, 2, 2]]), window=2).int().tolist() == [[expected]]
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("vocab", [256, 512, 50_257])
 def test_c17_the_initial_loss_is_the_log_of_the_vocabulary(architecture: str, vocab: int) -> None:

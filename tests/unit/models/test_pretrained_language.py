@@ -11,7 +11,9 @@ import transformers
 from torch.nn import functional as F
 
 from research.errors import CheckpointError, ConfigError
+from research.losses.projection import project
 from research.models.build import build_network, describe, rebuild
+from research.models.flops import flops_per_row_of
 from research.models.pretrained_language import PretrainedLanguageModel
 from research.models.weights import (
     SELF,
@@ -144,6 +146,84 @@ def test_a_trained_pretrained_model_is_rebuilt_from_its_own_folder(tmp_path: Pat
     assert torch.equal(logits_of(loaded), logits_of(network))
 
 
+# -- packed rows ------------------------------------------------------------------------------------------------------
+
+WINDOW = {"sliding_window": 4}
+BOTH = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+WINDOWED = {
+    "mistral": WINDOW,  # all layers, without a word on their types
+    "qwen2": {**WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {**WINDOW, "use_sliding_window": True, "max_window_layers": 0},
+    "gemma2": BOTH,
+    "gemma3_text": BOTH,
+}
+KERNELS = [(name, kernel) for name in WINDOWED for kernel in ("sdpa", "eager") if (name, kernel) != ("gemma2", "sdpa")]
+LENGTHS = (11, 3, 9)
+
+
+def packed() -> tuple[torch.Tensor, ...]:
+    """(ids, position, segment), each [1, T], of documents laid end to end and two places of padding."""
+    generator = torch.Generator().manual_seed(1)
+    ids_BT = torch.randint(23, (1, sum(LENGTHS) + 2), generator=generator)
+    position_T = torch.cat([*(torch.arange(length) for length in LENGTHS), torch.zeros(2, dtype=torch.int64)])
+    segment_T = torch.repeat_interleave(torch.tensor([1, 2, 3, 0]), torch.tensor([*LENGTHS, 2]))
+    return ids_BT, position_T[None], segment_T[None]
+
+
+def one_by_one(network: Any, ids_BT: torch.Tensor) -> torch.Tensor:
+    """Logits [T, V] of the same documents, each in a row of its own."""
+    pieces = ids_BT[0, : sum(LENGTHS)].split(LENGTHS)
+    rows = [(piece[None], torch.arange(len(piece))[None], torch.ones(1, len(piece)).long()) for piece in pieces]
+    return torch.cat([network(*row)[0] for row in rows])
+
+
+@pytest.mark.parametrize(("architecture", "attention"), KERNELS)
+@torch.no_grad()
+def test_p43_packed_documents_keep_the_model_s_window(architecture: str, attention: Any, tmp_path: Path) -> None:
+    saved_model(tmp_path, architecture, **WINDOWED[architecture])
+    network = PretrainedLanguageModel(str(tmp_path), attention=attention, **FACTS).eval().double()
+    inputs, near = packed(), {"atol": 1e-5, "rtol": 1e-5}  # eager attention rounds to float32
+    expected_TV = one_by_one(network, inputs[0])
+    torch.testing.assert_close(network(*inputs)[0, : sum(LENGTHS)], expected_TV, **near)
+    projected_BTV = project(network.hidden_projection(*inputs))
+    torch.testing.assert_close(projected_BTV[0, : sum(LENGTHS)], expected_TV, **near)
+    network.model.config.sliding_window = 64
+    unlimited_TV = one_by_one(network, inputs[0])
+    assert float((unlimited_TV - expected_TV).abs().max()) > 0.1, "the example's window hides nothing"
+    torch.testing.assert_close(network(*inputs)[0, : sum(LENGTHS)], unlimited_TV, **near)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text"])
+def test_flops_are_those_without_a_window(architecture: str, tmp_path: Path) -> None:
+    saved_model(tmp_path, architecture, **WINDOWED[architecture])
+    network = PretrainedLanguageModel(str(tmp_path), **FACTS)
+    counted = flops_per_row_of(network, packed(), backward=True)
+    network.model.config.sliding_window = 64
+    assert counted == flops_per_row_of(network, packed(), backward=True) > 0
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "told"),
+    [
+        ("llama4_text", {"intermediate_size_mlp": 24, "num_local_experts": 2}, "chunked_attention"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "conv"),
+        ("rwkv", {}, "a recurrent state"),
+    ],
+)
+@torch.no_grad()
+def test_layers_that_no_mask_keeps_to_one_document_are_refused(
+    architecture: str, changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    saved_model(tmp_path, architecture, **changes)
+    network = PretrainedLanguageModel(str(tmp_path), attention="eager", **FACTS).eval()
+    inputs = packed()
+    assert bool(one_by_one(network, inputs[0]).isfinite().all())
+    assert flops_per_row_of(network, inputs, backward=False) > 0
+    message = rf"a {architecture} has layers of {told}, .* leave data\.packed_to null for this model"
+    with pytest.raises(ConfigError, match=message):
+        network(*inputs)
+
+
 # -- adapters ---------------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +243,13 @@ def test_only_adapters_are_trained_and_they_start_at_the_base(architecture: str,
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     assert trained and all("lora_" in name for name in trained)
     assert all((parameter.grad is not None) == (name in trained) for name, parameter in network.named_parameters())
+
+
+@torch.no_grad()
+def test_p43_adapted_models_keep_their_window_too(tmp_path: Path) -> None:
+    saved_model(tmp_path, "qwen2", **WINDOWED["qwen2"])
+    network, inputs = adapted(tmp_path).eval().double(), packed()
+    torch.testing.assert_close(network(*inputs)[0, : sum(LENGTHS)], one_by_one(network, inputs[0]))
 
 
 def test_adapter_parameters_by_hand(tmp_path: Path) -> None:
