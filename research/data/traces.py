@@ -27,6 +27,9 @@ from research.text.formats import TRACE_FORMATS
 from research.text.template import AbstractTemplate
 from research.text.tokenizer import tokenizer_sha256
 
+SCORED_ROWS = 256  # documents of a batch that is scored and not trained on, where their logits allow it
+LOGITS_AT_ONCE = 2**28  # that scoring may write out: 1 GiB in float32
+
 
 class TraceData(L.LightningDataModule):
     """Traces to train on, and held-out problems to validate and test on.
@@ -275,11 +278,20 @@ class TraceData(L.LightningDataModule):
         if not self.documents("val"):
             return []
         share = share_of_rank(self.trainer)
-        return self._loader("val", batch_size=max(256, share["world_size"]), **share)
+        ranks = share["world_size"]
+        return self._loader("val", batch_size=max(ranks, min(SCORED_ROWS, self._rows_at_once("val") * ranks)), **share)
 
     def loader(self, split: Split, *, batch_size: int | None = None) -> TokenLoader:
         """The documents of a whole split in order, once per epoch."""
         return self._loader(split, batch_size=self.batch_size if batch_size is None else batch_size)
+
+    def scoring_loader(self, split: Split) -> TokenLoader:
+        """The same in batches of as many documents as have room for all their logits, see LOGITS_AT_ONCE."""
+        return self._loader(split, batch_size=min(SCORED_ROWS, self._rows_at_once(split)))
+
+    def _rows_at_once(self, split: Split) -> int:
+        longest = int(lengths(self.documents(split)).max(initial=1))
+        return max(1, LOGITS_AT_ONCE // (longest * self.codec.vocab_size))
 
     def _loader(self, split: Split, **options: Any) -> TokenLoader:
         weight = self._prompt_loss_weight

@@ -121,7 +121,7 @@ def score_text(
         scores.artifacts[f"items/{name}"] = write_items(run_dir / f"items_{name}.parquet", items).name
     for name, source, split in scored:
         if (source is data or _in_other_mode(data, source)) and source.documents(split):
-            scores.metrics |= evaluate_tokens(student, source.loader(split, batch_size=256), split=name).metrics
+            scores.metrics |= evaluate_tokens(student, source.scoring_loader(split), split=name).metrics
     return scores
 
 

@@ -430,6 +430,21 @@ def test_loaders_serve_every_document_once() -> None:
     assert whole.step_weight == pytest.approx(weight) == pytest.approx(float(whole.weight_BT.sum()))
 
 
+@pytest.mark.parametrize("room", [2**28, 3000, 1])
+def test_what_is_scored_has_room_for_all_its_logits(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every document once and in order, 256 at most, as many as fit, and one where none would."""
+    monkeypatch.setattr("research.data.traces.LOGITS_AT_ONCE", room)
+    data = make(num_train=400)
+    for split, loader in (("val", data.val_dataloader()), ("train", data.scoring_loader("train"))):
+        batches, documents = list(loader), data.documents(split)  # type: ignore[arg-type]
+        assert [int(index) for batch in batches for index in batch.index_D] == [one.index for one in documents]
+        sizes = [len(batch) for batch in batches]
+        longest = max(len(document.ids) for document in documents)
+        fit = min(256, max(1, room // (longest * data.codec.vocab_size)))
+        assert sizes == [fit] * (len(documents) // fit) + [len(documents) % fit] * (len(documents) % fit > 0)
+        assert all(batch.ids_BT.numel() * data.codec.vocab_size <= max(room, longest * 64) for batch in batches)
+
+
 def test_without_validation_problems_there_is_no_validation() -> None:
     data = make(num_val=0)
     assert not data.has_val and data.val_dataloader() == [] and data.problems("val") == []
