@@ -42,6 +42,7 @@ ALLOWED_PREFIXES: tuple[str, ...] = (
     "lightning.Trainer",
     "lightning.pytorch.loggers.",
 )
+CLASS_TRANSFORMS = "research.teachers.transforms."
 UNSET = "???"  # in a YAML file: a key that its reader has to set
 DataModule = AbstractClassData | TraceData
 
@@ -74,6 +75,7 @@ def build(cfg: DictConfig) -> Parts:
     for a key or value that does not fit, CheckpointError and CacheError for teachers that do not.
     """
     data = build_data(cfg)
+    _check_transform(cfg, data)
     facts = data.facts()
     description = plain(cfg.student)
     with torch.random.fork_rng(devices=[]):
@@ -96,6 +98,16 @@ def build(cfg: DictConfig) -> Parts:
     training = _training(cfg, student, architecture)
     method = expect_kind(make(cfg.method, "method", training=training, teacher=teacher), "method", AbstractMethod)
     return Parts(data, method, teacher, reference, architecture)
+
+
+def _check_transform(cfg: DictConfig, data: DataModule) -> None:
+    """Raise ConfigError where a control of classifiers' signals meets text."""
+    target = str(plain(cfg.signal_transform).get("_target_") or "")
+    if isinstance(data, TraceData) and target.startswith(CLASS_TRANSFORMS):
+        raise ConfigError(
+            f"signal_transform is {target.removeprefix(CLASS_TRANSFORMS)}; these transforms are of classifiers' "
+            "signals, and the data are text: give signal_transform=none"
+        )
 
 
 def build_data(cfg: DictConfig, overrides: Mapping[str, Any] | None = None) -> DataModule:

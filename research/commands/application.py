@@ -10,8 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from research.errors import (
+    CacheError,
+    CheckpointError,
+    ConfigError,
+    NonFiniteLoss,
+    Preempted,
+    Pruned,
+    RolloutError,
+    StoreError,
+)
+
 FULL_ERROR = "HYDRA_FULL_ERROR"
 FAILURE, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+# whose message says it all; a stop is told with its own exit code
+_TOLD_ALONE = (ConfigError, CheckpointError, CacheError, StoreError, NonFiniteLoss, RolloutError, Pruned)
 _NO_CHOICE = "Config group override must be"  # the one composition error that Hydra raises as a plain ValueError
 _MODULE = "research.commands.main"  # a module, since Lightning starts further ranks by a script or a module
 _PRINTING_FLAGS = ("--cfg", "-c", "--info", "-i")
@@ -23,8 +36,6 @@ def run_application(command: str, task: Task, arguments: list[str], conf_dir: Pa
     """Run one command; the exit code is 0, 1 for a failure, 2 for a config that does not compose, 128 + signal."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
-
-    from research.errors import ConfigError, NonFiniteLoss, Preempted
 
     full = os.environ.get(FULL_ERROR) == "1"
     os.environ[FULL_ERROR] = "1"  # Hydra then raises instead of printing, and errors are explained here
@@ -40,12 +51,16 @@ def run_application(command: str, task: Task, arguments: list[str], conf_dir: Pa
         cause = error.__cause__
         code = cause.exit_code if isinstance(cause, Preempted) else INTERRUPTED
         return fail(f"stopped: {error}" if str(error) else "stopped by Ctrl-C", code)
-    except (ValueError, OSError, NonFiniteLoss, OmegaConfBaseException) as error:
+    except _TOLD_ALONE as error:
+        if full:
+            raise
+        return fail(str(error))
+    except (ValueError, OSError, OmegaConfBaseException) as error:
         if full:
             raise
         if str(error).startswith(_NO_CHOICE):
             return fail(_explained(command, arguments, conf_dir, error), USAGE_ERROR)
-        reason = "" if isinstance(error, ConfigError) or error.__cause__ is None else f": {error.__cause__}"
+        reason = "" if error.__cause__ is None else f": {error.__cause__}"
         return fail(f"{error}{reason}")
     finally:
         if not full:
@@ -108,7 +123,6 @@ def _guarded(command: str, task: Task, failures: list[BaseException], keep_in_jo
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
-        from research.errors import Preempted
         from research.schemas import check_root
         from research.sweeps.trial_context import current_trial
 

@@ -214,19 +214,26 @@ def stopped_by_signals(where: str) -> Iterator[None]:
         yield
 
 
+def found_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
+    """The checkpoint that `ckpt_path` names, a given file or this folder's own for "last"; None where none is there."""
+    if ckpt_path is None:
+        return None
+    path = run_dir / CHECKPOINTS / LAST if ckpt_path == "last" else Path(ckpt_path)
+    return path if path.exists() else None
+
+
 def resume_path(ckpt_path: str | None, run_dir: Path) -> str | None:
-    """The checkpoint to go on from: a given file, or this folder's own for "last".
+    """The checkpoint to go on from, see :func:`found_checkpoint`.
 
     A folder that has none yet begins at step 0, and the log says so: a run killed in its first epoch left nothing to
     go on from. Raises CheckpointError where a given file does not exist.
     """
-    if ckpt_path is None:
-        return None
-    path = run_dir / CHECKPOINTS / LAST if ckpt_path == "last" else Path(ckpt_path)
-    if path.exists():
-        return str(path)
+    found = found_checkpoint(ckpt_path, run_dir)
+    if found is not None or ckpt_path is None:
+        return None if found is None else str(found)
     if ckpt_path != "last":
         raise CheckpointError(f"ckpt_path is {ckpt_path}, which does not exist; give a .ckpt file, or `last`")
+    path = run_dir / CHECKPOINTS / LAST
     log.warning("no %s, so this run begins at step 0; hydra.run.dir=FOLDER names the run to go on with", path)
     return None
 

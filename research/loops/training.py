@@ -214,9 +214,13 @@ class TrainingRun:
         return record
 
     def _take_weights(self) -> None:
-        """The weights that are evaluated and kept: the last step's, or the best on validation where asked."""
+        """The weights that are evaluated and kept: the last step's, or the best on validation where asked.
+
+        A loop left its own in the method: its fits have folders of their own, and each has taken its weights there.
+        """
         best = self.run_dir / CHECKPOINTS / BEST
-        if self.config["evaluation"]["weights"] != "best" or self.config["trainer"].get("fast_dev_run"):
+        is_asked = self.config["evaluation"]["weights"] == "best" and self.loop is None
+        if not is_asked or self.config["trainer"].get("fast_dev_run"):
             return
         if best.exists():
             state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]

@@ -15,6 +15,8 @@ from research.config import DataModule, Parts, build_teacher, plain
 from research.data.traces import TraceData
 from research.errors import ConfigError
 from research.evaluation.preflight import Preflight, preflight
+from research.loops.fit import found_checkpoint
+from research.methods.base import AbstractMethod
 from research.results.record import write_atomic
 from research.teachers.base import AbstractTeacher
 from research.teachers.load import frozen
@@ -27,13 +29,13 @@ GPU = ("gpu", "cuda", "auto")
 def preflight_before(cfg: DictConfig, parts: Parts, run_dir: Path) -> None:
     """What `preflight` of a train config asks for, written into the run's log and its folder.
 
-    A teacher of classes, or none, needs no preflight. A run that goes on with a checkpoint had its own before, and of
-    several ranks the first speaks for all. Raises ConfigError where the run is refused.
+    A teacher of classes, one that is never asked, or none needs no preflight. A run that goes on from a checkpoint had
+    its own before, and of several ranks the first speaks for all. Raises ConfigError where the run is refused.
     """
     data, teacher = parts.data, parts.teacher
-    if cfg.preflight == "skip" or teacher is None or not isinstance(data, TraceData):
+    if cfg.preflight == "skip" or teacher is None or not isinstance(data, TraceData) or not _asks_teacher(parts.method):
         return
-    if cfg.ckpt_path is not None or int(os.environ.get("LOCAL_RANK", 0)) > 0:
+    if found_checkpoint(cfg.ckpt_path, run_dir) is not None or int(os.environ.get("LOCAL_RANK", 0)) > 0:
         return
     on_gpu = cfg.trainer.accelerator in GPU and torch.cuda.is_available()
     report = preflight(
@@ -49,6 +51,11 @@ def preflight_before(cfg: DictConfig, parts: Parts, run_dir: Path) -> None:
     for finding in report.of_level("warning"):
         log.warning("preflight: %s: %s", finding.name, finding.told)
     refuse(report, ("refusal", "warning") if cfg.preflight == "refuse" else ("refusal",))
+
+
+def _asks_teacher(method: AbstractMethod) -> bool:
+    """Whether the loss has a term for the teacher's signal; a method that has no such weight is taken to ask."""
+    return bool(getattr(method, "soft_weight", 1.0) != 0)
 
 
 def preflight_of_run(

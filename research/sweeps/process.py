@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
+from research.errors import ConfigError
 from research.sweeps.secrets import refuse_secrets
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,19 @@ def prepare_process(cfg: DictConfig) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+
+
+def refuse_further_processes(cfg: DictConfig, what: str, instead: str = "") -> None:
+    """Raise ConfigError where the trainer would start further processes and `what` is the work of one.
+
+    instead  what else to do than to give one device, for the end of the message
+    """
+    devices, nodes = cfg.trainer.get("devices"), cfg.trainer.get("num_nodes", 1)
+    is_one = len(devices) == 1 if isinstance(devices, ListConfig) else devices in (1, None)
+    if is_one and nodes == 1:
+        return
+    key, given = ("num_nodes", nodes) if is_one else ("devices", devices)
+    raise ConfigError(f"trainer.{key} is {given}, and {what} in one process; give trainer.{key}=1{instead}")
 
 
 @contextmanager

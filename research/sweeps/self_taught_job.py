@@ -1,6 +1,7 @@
 """A self-teaching run from a composed config: the loop, with Lightning's fit as its fine-tuning."""
 
 import json
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,9 +27,11 @@ from research.methods.base import AbstractMethod
 from research.records import Sampling, Trace
 from research.results.record import write_atomic
 from research.seeding import seed_for
+from research.sweeps.process import refuse_further_processes
 from research.tasks.grading import Grader
 from research.traces.store import TraceStore
 
+log = logging.getLogger(__name__)
 SPENT_FILE = "spent.json"
 COUNTERS = (
     "rows_seen", "tokens_seen", "update_flops", "teacher_rows", "teacher_tokens", "teacher_flops", "teacher_seconds",
@@ -43,8 +46,14 @@ class SelfTaughtLoop:
     """
 
     def __init__(self, cfg: DictConfig, data: TraceData, plan: SelfTaughtPlan) -> None:
+        refuse_further_processes(cfg, "loop=self_taught runs its iterations")
         if data.num_validation == 0:
             raise ConfigError("loop=self_taught measures every iteration on validation problems; data.num_val is 0")
+        if cfg.evaluation.weights == "best":
+            log.warning(
+                "evaluation.weights=best: loop=self_taught validates a student after its fit, never within it, so "
+                "every iteration takes its last weights, and the run those of its last iteration"
+            )
         self._cfg, self._data, self._plan = cfg, data, plan
         self._interrupt: StopOnInterrupt | None = None
         self.metrics: dict[str, float] = {}

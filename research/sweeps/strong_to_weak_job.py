@@ -30,6 +30,7 @@ from research.results.curves import CURVE_FILE, joined_curves, read_curve, write
 from research.results.record import RunRecord, read_record
 from research.schemas import check_root
 from research.sweeps.grammar import quoted
+from research.sweeps.process import refuse_further_processes
 from research.sweeps.secrets import refuse_secret_overrides
 
 log = logging.getLogger(__name__)
@@ -53,11 +54,7 @@ class StrongToWeakLoop:
         overrides: list[str],
         train: TrainInto,
     ) -> None:
-        if cfg.trainer.get("devices") not in (1, None) or cfg.trainer.get("num_nodes", 1) != 1:
-            raise ConfigError(
-                f"trainer.devices is {cfg.trainer.devices}, and loop=strong_to_weak runs its phases in one process; "
-                "give trainer.devices=1, or run the phases one by one with init_from"
-            )
+        _refuse_further_processes(cfg)
         if cfg.trainer.fast_dev_run:
             raise ConfigError("trainer.fast_dev_run leaves no student for a next phase; give trainer=smoke")
         self._cfg, self._plan, self._data, self._overrides, self._train = cfg, plan, data, overrides, train
@@ -65,7 +62,8 @@ class StrongToWeakLoop:
         self.ledger: Ledger = {}
         self.scores: Scores | None = None
         for number, phase in enumerate(plan.declared()):
-            _, wanted = self._composed(phase, None, None)
+            composed, wanted = self._composed(phase, None, None)
+            _refuse_further_processes(composed)
             finished = _finished(folder_of(run_dir, number, phase))
             if finished is not None:
                 check_finished(finished, wanted, folder_of(run_dir, number, phase), is_first=number == 0)
@@ -123,6 +121,11 @@ class StrongToWeakLoop:
             told = " ".join(f"{error} {error.__cause__ or ''}".split())
             raise ConfigError(f"loop.phases: {phase.name} does not compose: {told}") from None
         return cfg, overrides
+
+
+def _refuse_further_processes(cfg: DictConfig) -> None:
+    by_hand = ", or run the phases one by one with init_from"
+    refuse_further_processes(cfg, "loop=strong_to_weak runs its phases", by_hand)
 
 
 def _finished(folder: Path) -> RunRecord | None:

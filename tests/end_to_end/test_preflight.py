@@ -61,8 +61,56 @@ def test_warnings_are_refusals_where_that_is_asked_for(distill: Distill, teacher
     done = distill("train", *distilled(teacher), "preflight=refuse", "hydra.run.dir=run", cwd=tmp_path)
     assert done.code == 1 and "the preflight refuses the run" in done.err and "overlap: on its own answers" in done.err
     assert (tmp_path / "run" / "preflight.json").exists() and not (tmp_path / "run" / "student").exists()
+    (tmp_path / "run" / "preflight.json").unlink()
+    again = ("preflight=refuse", "ckpt_path=last", "hydra.run.dir=run")
+    done = distill("train", *distilled(teacher), *again, cwd=tmp_path)
+    assert done.code == 1 and "the preflight refuses the run" in done.err, "there is no checkpoint to go on from"
+    assert (tmp_path / "run" / "preflight.json").exists() and not (tmp_path / "run" / "checkpoints").exists()
     done = distill("train", *distilled(teacher), "preflight=of", "hydra.run.dir=other", cwd=tmp_path)
     assert "preflight is 'of'" in done.error and "Valid: skip, warn, refuse" in done.error
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_is_not_looked_at_again(
+    distill: Distill, teacher: Path, tmp_path: Path
+) -> None:
+    done = distill("train", *distilled(teacher), "preflight=skip", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    more = ("preflight=refuse", "ckpt_path=last", "trainer.max_epochs=2", "hydra.run.dir=run")
+    done = distill("train", *distilled(teacher), *more, cwd=tmp_path)
+    assert done.code == 0 and not (tmp_path / "run" / "preflight.json").exists(), done.err
+
+
+ON_POLICY = ("data=prompts", "data.num_prompts=8", "method=on_policy", "method.max_new_tokens=8", "trainer.max_steps=2")
+REWARD_ALONE = ("method.soft_weight=0", "method.reward_weight=1", "method.num_samples=2")
+
+
+@pytest.mark.parametrize("flags", [("method=sft_trace",), (*ON_POLICY, *REWARD_ALONE)], ids=["traces", "reward"])
+def test_a_teacher_that_is_never_asked_needs_no_preflight(
+    flags: tuple[str, ...], distill: Distill, teacher: Path, tmp_path: Path
+) -> None:
+    asked = ("teacher=frozen", f"teacher.path='{teacher}'", "preflight=refuse", "hydra.run.dir=run")
+    done = distill("train", *SMALL, *flags, *asked, cwd=tmp_path)
+    assert done.code == 0 and not (tmp_path / "run" / "preflight.json").exists(), done.err
+    assert read_record(tmp_path / "run" / "run.json").ledger["teacher_scoring"]["tokens"] == 0
+
+
+def test_of_two_phases_the_one_that_asks_is_looked_at_from_its_own_start(
+    distill: Distill, teacher: Path, tmp_path: Path
+) -> None:
+    """Traces first, which ask nobody; the student that they made is what the second phase is refused for."""
+    words = ", ".join(f"'{text}'" for text in ON_POLICY)
+    loop = ("loop=strong_to_weak", f"loop.phases=[{{name: traces}}, {{name: words, overrides: [{words}]}}]")
+    asked = ("teacher=frozen", f"teacher.path='{teacher}'", "preflight=refuse", "ckpt_path=last", "hydra.run.dir=run")
+    first, second = tmp_path / "run" / "phases" / "1_traces", tmp_path / "run" / "phases" / "2_words"
+    for _ in range(2):
+        done = distill("train", *SMALL, *loop, *asked, cwd=tmp_path)
+        assert done.code == 1 and "the preflight refuses the run" in done.err
+        assert read_record(first / "run.json").status == "completed" and not (first / "preflight.json").exists()
+        assert not (second / "checkpoints").exists()
+        found = json.loads((second / "preflight.json").read_text())
+        (second / "preflight.json").unlink()
+    done = distill("evaluate", str(first), "preflight=true", f"reference='{teacher}'", cwd=tmp_path)
+    assert json.loads((first / "preflight.json").read_text())["figures"] == found["figures"]
 
 
 def test_a_teacher_of_other_tokens_is_refused_before_the_first_step(
@@ -86,7 +134,7 @@ def test_a_teacher_of_other_tokens_is_refused_before_the_first_step(
 
 
 def test_evaluate_prints_a_preflight_of_its_own(
-    distill: Distill, teacher: Path, tmp_path: Path, logprob_server: Any
+    distill: Distill, teacher: Path, tmp_path: Path, logprob_server: Any, repository: Path
 ) -> None:
     """Beside the run's own teacher, one named by its folder, or one behind a server."""
     done = distill("train", *distilled(teacher), "preflight=skip", "hydra.run.dir=run", cwd=tmp_path)
@@ -119,6 +167,18 @@ def test_evaluate_prints_a_preflight_of_its_own(
         assert done.code == 0, done.err
         record = read_record(tmp_path / "far" / "run.json")
         assert record.teacher is not None and record.teacher["kind"] == "served"
+        line = record.ledger["teacher_scoring"]
+        assert line["tokens"] and line["flops"] is None, "nobody knows them, which is not 0"
+        limited = ("method.soft_weight=1.0", *served, "budget.flops=1e15", "hydra.run.dir=limited")
+        done = distill("train", *SMALL, *limited, cwd=tmp_path)
+        assert done.code == 1 and "budget.flops is 1e+15, but what this run spends is not known" in done.err
+        done = distill("train", *SMALL, *limited, "teacher.num_parameters=10", cwd=tmp_path)
+        assert done.code == 0, done.err
+        line = read_record(tmp_path / "limited" / "run.json").ledger["teacher_scoring"]
+        assert line["flops"] == 2 * 10 * line["tokens"]
+    for path in ("conf/teacher/served.yaml", "docs/served_teacher.md"):
+        told = (repository / path).read_text()
+        assert "`budget.flops` is refused" in told or "budget.flops is refused" in told, path
     done = distill(*ask, *served, "teacher.max_retries=0", cwd=tmp_path)
     assert done.code == 1 and "the teacher tiny cannot be asked" in done.err
     done = distill("evaluate", str(tmp_path / "run"), "teacher=served", cwd=tmp_path)

@@ -14,8 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from research.models.weights import weights_sha256
 from research.results.curves import read_curve
 from research.results.record import LEDGER_PARTS, RunRecord, read_record
+from research.teachers.load import load_network
+from research.text.tokenizer import build_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROGRAM = "from research.commands.main import main; main()"
@@ -104,6 +107,26 @@ def test_a_finished_phase_is_not_repeated(whole: Path, distill: Callable[..., An
     error = distill("train", *other, "ckpt_path=last", "hydra.run.dir=run", cwd=whole.parent).error
     assert "holds a finished phase of another run (trainer.max_steps=12 then, trainer.max_steps=13 now)" in error
     assert read_record(whole / "run.json").metrics == metrics, "what is refused leaves everything as it was"
+
+
+def test_every_phase_takes_the_best_of_its_own_weights(distill: Callable[..., Any], tmp_path: Path) -> None:
+    """One validation after step 10 of 12: those are the first phase's best, and what the second begins with.
+
+    The second ends before a validation, and is the only one that says so.
+    """
+    phases = PHASES.replace("trainer.max_steps=10", "trainer.max_steps=4")
+    done = distill("train", *RUN[:-1], phases, "evaluation.weights=best", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    run, (first, second) = tmp_path / "run", (tmp_path / "run" / "phases" / name for name in FOLDERS)
+    kept = {name: first / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")}
+    assert [torch.load(path, weights_only=True)["global_step"] for path in kept.values()] == [10, 12]
+    facts = {"vocab_size": len(build_tokenizer(str(first / "student"))), "tokenizer_sha256": None}
+    best, last = (weights_sha256(load_network(path, **facts).network) for path in kept.values())
+    assert read_record(first / "run.json").student["sha256"] == best != last
+    assert not (second / "checkpoints" / "best.ckpt").exists() and same(run, second)
+    (told,) = done.err.splitlines()
+    assert "the run ended before its first validation, so the last weights are taken" in told
+    assert told in next(run.glob("*.log")).read_text().partition("phase chains: ")[2]
 
 
 @pytest.mark.slow

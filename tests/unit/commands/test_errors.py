@@ -1,10 +1,13 @@
 """What a user can do wrong: one line each, with what was given and what is valid, and an exit code other than 0."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import research.errors as errors
 
 # command line -> parts that its one line of error must hold; exit code 2: the config does not compose
 NOT_COMPOSED: dict[str, tuple[str, ...]] = {
@@ -88,6 +91,11 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "train threads=0": ("threads is 0; expected at least 1",),
     "train name=a/b": ("a/b",),
     "train monitor=val/erors": ("monitor is 'val/erors'", "val/errors"),
+    "train experiment=sum8_trace signal_transform=permuted": (
+        "signal_transform is PermutedWrongClasses",
+        "of classifiers' signals",
+        "signal_transform=none",
+    ),
     "train evaluation.weights=bst": ("evaluation.weights is 'bst'", "nearest valid: best"),
     "train evaluation.splits=[tset]": ("evaluation.splits is 'tset'", "nearest valid: test"),
     "train evaluation.splits=[val] data.holdout=0": ("evaluation.splits", "data.holdout is 0"),
@@ -239,6 +247,29 @@ def test_the_whole_trace_is_one_variable_away(
 def test_the_trace_stands_in_the_log(distill: Callable[..., Any], tmp_path: Path) -> None:
     distill("train", "data.batch_size=0", "hydra.run.dir=run", cwd=tmp_path)
     assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
+
+
+OWN_ERRORS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind.__module__ == errors.__name__]
+
+
+@pytest.mark.parametrize("flags", [(), ("-m", "seed=3")], ids=["run", "multirun"])
+@pytest.mark.parametrize("kind", OWN_ERRORS, ids=lambda kind: kind.__name__)
+def test_the_message_of_every_own_error_stands_alone(
+    kind: type[Exception],
+    flags: tuple[str, ...],
+    distill: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    is_stop = kind is errors.Preempted
+
+    def failing(cfg: Any) -> None:
+        raise kind("told once", *[143] * is_stop) from OSError("and why")
+
+    monkeypatch.setattr("research.commands.train.task", failing)
+    done = distill("train", *flags, cwd=tmp_path)
+    assert done.err.splitlines()[-1] == ("error: stopped: told once" if is_stop else "error: told once")
+    assert "Traceback" not in done.err and done.code == (143 if is_stop else 1)
 
 
 def test_a_failing_job_of_a_multirun_is_named(distill: Callable[..., Any], tmp_path: Path) -> None:

@@ -141,6 +141,15 @@ def test_a_signal_transform_without_a_teacher_is_refused(train_config: Callable[
         config.build(train_config("signal_transform=permuted"))
 
 
+@pytest.mark.parametrize(("transform", "name"), [("permuted", "PermutedWrongClasses"), ("virtual", "VirtualTeacher")])
+def test_a_control_of_classifiers_is_refused_of_text_before_any_teacher_is_read(
+    transform: str, name: str, train_config: Callable[..., DictConfig]
+) -> None:
+    text = ("experiment=sum3_on_policy", "teacher.path=/nowhere", f"signal_transform={transform}")
+    with pytest.raises(ConfigError, match=rf"signal_transform is {name}; these transforms are of classifiers' signals"):
+        config.build(train_config(*text))
+
+
 def test_a_signal_transform_wraps_the_teacher(train_config: Callable[..., DictConfig], digits_teacher: Path) -> None:
     overrides = ("method=soft_target", "teacher=frozen", f"teacher.path='{digits_teacher}'", "signal_transform=virtual")
     assert isinstance(config.build(train_config(*overrides)).teacher, VirtualTeacher)

@@ -25,6 +25,7 @@ from research.loops.fit import (
     StopOnInterrupt,
     checkpoint_callbacks,
     fit,
+    found_checkpoint,
     resume_path,
     stopped_by_signals,
 )
@@ -307,6 +308,10 @@ def test_p87_last_is_this_folder_s_own_checkpoint(tmp_path: Path, caplog: pytest
     caplog.clear()
     assert resume_path("last", tmp_path) == str(last) and resume_path(str(last), tmp_path / "other") == str(last)
     assert caplog.text == ""
+    assert found_checkpoint("last", tmp_path) == last == found_checkpoint(str(last), tmp_path / "other")
+    for named in (None, str(tmp_path / "nowhere.ckpt")):
+        assert found_checkpoint(named, tmp_path) is None
+    assert found_checkpoint("last", tmp_path / "other") is None
     with pytest.raises(CheckpointError, match=r"ckpt_path is .*nowhere\.ckpt, which does not exist"):
         resume_path(str(tmp_path / "nowhere.ckpt"), tmp_path)
 

@@ -14,7 +14,9 @@ import torch
 from research.data.digits import Digits
 from research.data.loader import TensorLoader
 from research.errors import CheckpointError, ConfigError, NonFiniteLoss, Preempted
-from research.loops.fit import StopOnInterrupt
+from research.loops.fit import FitOutcome, StopOnInterrupt
+from research.loops.ledger import Ledger
+from research.loops.scoring import Scores
 from research.loops.training import TrainingRun
 from research.methods.base import AbstractMethod, Training
 from research.methods.soft_target import SoftTarget
@@ -234,6 +236,40 @@ def test_a_run_without_a_validation_says_that_it_takes_the_last_weights(
     assert record.status == "completed" and not (tmp_path / "checkpoints" / "best.ckpt").exists()
     (told,) = (line.message for line in caplog.records if line.name == "research.loops.training")
     assert "ended before its first validation, so the last weights are taken" in told
+
+
+class Doubles:
+    """A loop whose only fit multiplies the student's weights by two."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self.ledger: Ledger = {}
+        self.scores: Scores | None = None
+
+    def run(self, method: AbstractMethod, interrupt: StopOnInterrupt, run_dir: Path) -> FitOutcome:
+        with torch.no_grad():
+            for parameter in method.student.parameters():
+                parameter.mul_(2)
+        return FitOutcome("completed", None, 0.0)
+
+
+def test_a_loop_s_own_weights_are_taken_where_the_best_are_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its fits have chosen theirs; neither the best of another run in the folder nor a warning has a place here."""
+    go(make_run(tmp_path))
+    assert (tmp_path / "checkpoints" / "best.ckpt").exists()
+    run = make_run(tmp_path, evaluation={"weights": "best"})
+    before = {name: tensor.clone() for name, tensor in run.method.student.state_dict().items()}
+    run.loop = Doubles()
+    go(run)
+    student = load_network(tmp_path, **FACTS).network.state_dict()
+    assert all(torch.equal(tensor, 2 * before[name]) for name, tensor in student.items())
+    (tmp_path / "checkpoints" / "best.ckpt").unlink()
+    run = make_run(tmp_path, evaluation={"weights": "best"})
+    run.loop = Doubles()
+    go(run)
+    assert [line.message for line in caplog.records if line.name == "research.loops.training"] == []
 
 
 def test_checkpoints_are_thrown_away_where_asked(tmp_path: Path) -> None:

@@ -1,17 +1,50 @@
 """What a self-teaching run's record says of every iteration, from the iterations' own records."""
 
+import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from research.errors import ConfigError
 from research.loops.self_taught import ITERATION_KEYS
-from research.sweeps.self_taught_job import iteration_metrics
+from research.loops.self_taught_plan import SelfTaughtPlan
+from research.sweeps.self_taught_job import SelfTaughtLoop, iteration_metrics
 
 NONE_CHECKED = {"checked": 0, "invalid": 0, "rate": None}
 
 
 def record(iteration: int, **told: Any) -> dict[str, Any]:
     return {**dict.fromkeys(ITERATION_KEYS), "iteration": iteration, **told}
+
+
+def make_loop(weights: str = "last", **trainer: Any) -> SelfTaughtLoop:
+    cfg = OmegaConf.create({"trainer": {"devices": 1, "num_nodes": 1, **trainer}, "evaluation": {"weights": weights}})
+    data: Any = SimpleNamespace(num_validation=4)
+    return SelfTaughtLoop(cfg, data, SelfTaughtPlan())
+
+
+@pytest.mark.parametrize("trainer", [{}, {"devices": None}, {"devices": [1]}], ids=str)
+def test_one_process_is_enough_for_the_loop(trainer: dict[str, Any]) -> None:
+    assert make_loop(**trainer).metrics == {}
+
+
+@pytest.mark.parametrize(
+    "trainer", [{"devices": 2}, {"devices": "auto"}, {"devices": [0, 1]}, {"num_nodes": 2}], ids=str
+)
+def test_ranks_that_would_share_one_store_are_refused(trainer: dict[str, Any]) -> None:
+    (key,) = trainer
+    with pytest.raises(ConfigError, match=rf"trainer\.{key} is .*loop=self_taught runs its .* give trainer\.{key}=1"):
+        make_loop(**trainer)
+
+
+def test_the_best_weights_of_an_iteration_are_not_to_be_had(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        make_loop()
+        assert caplog.text == ""
+        make_loop("best")
+    assert "evaluation.weights=best" in caplog.text and "every iteration takes its last weights" in caplog.text
 
 
 def test_every_rate_stands_under_its_origin_and_iteration() -> None:
