@@ -111,7 +111,7 @@ class Spans(Clock):
         self._open, self._last = [REST], 0.0
         self._watch(method.student, "student")
         if method.teacher is not None:
-            self._watch(method.teacher.network, "teacher")
+            method.teacher.signal_at = self._as_part("teacher", method.teacher.signal_at)
         rollouts = method._own_words._buffer
         rollouts.ready = self._as_part(DRAWING, rollouts.ready)
 
@@ -126,7 +126,7 @@ class Spans(Clock):
         return measured
 
     def _watch(self, network: Any, name: str) -> None:
-        """Around the model, not on it: a model with hooks is not sampled by its own steps."""
+        """Around the model, not on it: a model with hooks is sampled, and reads, by the library's pass."""
         network.register_forward_pre_hook(lambda *_: self.begin(name))
         network.register_forward_hook(lambda *_: self.end(), always_call=True)
 
