@@ -386,26 +386,29 @@ def test_p30_every_experiment_runs_shrunk(
 # -- studies ----------------------------------------------------------------------------------------------------------
 
 
-def runs_of(study: Study, *, all_presets: bool) -> dict[tuple[str, tuple[str, ...]], Cell]:
-    """(command, overrides) -> every run that differs in more than its seed; of a preset the first, or every one too.
-
-    A preset lays the same words over every arm, so that one arm tells of most mistakes.
-    """
-    found = {}
+def runs_of(study: Study, *, every: bool) -> dict[tuple[str, tuple[str, ...]], Cell]:
+    """(command, overrides) -> every run that differs in more than its seed, or as many as hold every override."""
+    found: dict[tuple[str, tuple[str, ...]], Cell] = {}
+    seen: set[tuple[str, str]] = set()
     for preset in (None, *study.presets):
-        runs = cells(study, preset)
-        found |= {("train", cell.overrides): cell for cell in (runs if all_presets or preset is None else runs[:1])}
-        for item in requirements(study, preset):
-            found[item.command, item.overrides] = Cell(item.name, {}, 0, item.overrides, item.key)
+        runs = [("train", cell) for cell in cells(study, preset)]
+        runs += [
+            (item.command, Cell(item.name, {}, 0, item.overrides, item.key)) for item in requirements(study, preset)
+        ]
+        for command, cell in runs:
+            words = {(command, word) for word in cell.overrides if not word.startswith("seed=")}
+            if every or not seen.issuperset(words):
+                found[command, cell.overrides] = cell
+                seen |= words
     return found
 
 
-@pytest.mark.parametrize("all_presets", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", STUDIES)
-def test_p112_every_run_of_every_study_composes(name: str, all_presets: bool) -> None:
+def test_p112_every_run_of_every_study_composes(name: str, every: bool) -> None:
     study = read_study(REPOSITORY / "experiments" / name)
     folders = {required: f"/nowhere/{required}" for required in study.requires}
-    for (command, _), cell in runs_of(study, all_presets=all_presets).items():
+    for (command, _), cell in runs_of(study, every=every).items():
         cfg = composed(command, *cell.filled(folders, "/nowhere/runs"))
         check_nodes(cfg)
         if command == "traces":
