@@ -1,4 +1,4 @@
-"""The whole teacher API: `signal(batch) -> TeacherSignal`.
+"""The whole teacher API: `signal(batch) -> TeacherSignal`, and `signal_at` for the places of text that are asked for.
 
 A teacher is a plain object, never a registered submodule of a method: it enters no checkpoint and no optimizer. Live,
 cached, ensemble and transformed teachers are interchangeable because a loss sees only the signal.

@@ -361,9 +361,10 @@ def text_batch(packed_to: int | None = None, order: int = 1) -> TokenBatch:
     return collate(documents[::order], prompt_loss_weight=0.0, pad_id=0, packed_to=packed_to)
 
 
-def told(teacher: AbstractTeacher, batch: TokenBatch) -> torch.Tensor:
+def told(teacher: AbstractTeacher, batch: TokenBatch, places_alone: bool = False) -> torch.Tensor:
     """Logprobs at the places of the completions: the likeliest five and the rest."""
-    signal = teacher.signal(batch).at(batch.completion_BT)
+    place_BT = batch.completion_BT
+    signal = teacher.signal_at(batch, place_BT) if places_alone else teacher.signal(batch).at(place_BT)
     cut = keep_top_k(signal, TOP_K) if isinstance(signal, DenseLogits) else signal
     assert isinstance(cut, TopKLogprobs) and cut.num_classes == teacher.num_classes == 20
     return torch.cat([cut.ids_NK.double(), cut.logprobs_NK.double(), cut.tail_logprob_N[:, None].double()], dim=-1)
@@ -380,6 +381,9 @@ def test_teachers_of_text_say_the_same_of_one_network(text_kind: str, text_sourc
     assert torch.equal(torch.get_rng_state(), before)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(told(teacher, batch), first)
+        at_places = told(teacher, batch, places_alone=True)
+    torch.testing.assert_close(at_places, first, atol=1e-6, rtol=0)
+    assert not at_places.requires_grad and torch.equal(torch.get_rng_state(), before)
     by_length = [
         rows.sort(dim=0).values.sum() for rows in (told(teacher, text_batch(20)), told(teacher, text_batch(order=-1)))
     ]
