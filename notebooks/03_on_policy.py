@@ -54,7 +54,7 @@ from research.text.templates import Plain
 ROOT = Path.cwd() if (Path.cwd() / "experiments").is_dir() else Path.cwd().parent
 STUDIES = [
     "method_table", "distill_vs_rl", "strong_to_weak", "strong_to_weak_sum2", "pass_at_k", "divergence_direction",
-    "weak_teacher", "two_modes",
+    "exposure_bias", "weak_teacher", "two_modes",
 ]  # fmt: skip
 FOLDERS = {name: ROOT / "experiments" / name for name in STUDIES}
 shown = [name for name in STUDIES if (FOLDERS[name] / "verdict.json").exists()]
@@ -270,9 +270,47 @@ else:
                 if points and points[0]["low"] is not None:
                     low, high = ([max(0.0, point[end]) for point in points] for end in ("low", "high"))
                     axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
-        axis.set(title=arm.replace("_", " "), xlabel="place in the completion", ylim=(0, None))
+        axis.set(title=arm.replace("_", " "), xlabel="place in the completion")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("KL(teacher || student), nats")
+    axes[0].set(ylabel="KL(teacher || student), nats", ylim=(0, None))
+    axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8.5)
+    plt.show()
+
+# %% [markdown]
+# ### The same where answers are long enough to drift in
+#
+# Sums of sixteen numbers: fifteen totals before the answer, an EOS at about place 32. All four students go on for 80
+# steps from the same off-policy start; *off* reads the teacher's traces, *on* its own words. Shown are the places of
+# the totals, every second one: separators stand between. At the first total both prefixes are the prompt alone.
+
+# %%
+name = "exposure_bias"
+PAIRS = {"forward KL": ("forward_off", "forward_on"), "reverse KL": ("reverse_off", "reverse_on")}
+if name not in shown:
+    print(f"{name}: no results are committed yet.")
+else:
+    study = read_study(FOLDERS[name])
+    runs = [row for row in csv.read_csv(FOLDERS[name] / "results.csv").to_pylist() if row["status"] == "completed"]
+    lines = [f"| arm | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
+    for arm in study.arms:
+        found = [row for row in runs if row["arm"] == arm]
+        known = [[row[f"test/{column}"] for row in found if row[f"test/{column}"] is not None] for column in columns]
+        lines.append(f"| {arm} | {' | '.join(f'{summarise(v).mean:.4f}' if v else '-' for v in known)} |")
+    display(Markdown(f"{study.question}\n\n" + "\n".join(lines) + f"\n\n{verdict_line(FOLDERS[name])}"))
+    places = exposure_by_place(FOLDERS[name] / EXPOSURE_FILE, study)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True, layout="constrained")
+    for axis, (title, pair) in zip(axes, PAIRS.items(), strict=True):
+        for arm, colour in zip(pair, SHARES.values(), strict=True):
+            for writer, style in WRITERS.items():
+                points = [point for point in places[arm][writer] if point["place"] and point["place"] % 2 == 0]
+                x, mean = [point["place"] for point in points], [point["mean"] for point in points]
+                axis.plot(x, mean, style, color=colour, label=f"{arm.rpartition('_')[2]} policy, {writer}'s prefixes")
+                if points[0]["low"] is not None:
+                    low, high = ([max(0.0, point[end]) for point in points] for end in ("low", "high"))
+                    axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
+        axis.set(title=title, xlabel="place in the completion")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set(ylabel="KL(teacher || student), nats", ylim=(0, None))
     axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8.5)
     plt.show()
 

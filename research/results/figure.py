@@ -123,9 +123,7 @@ def _draw_strip(figure: "Figure", plot: Plot) -> None:
     axes = _place(figure, 0.45 + 0.078 * labels, 0.58, 1.75, top - (0.34 if plot["references"] else 0.14))
     for y, row in enumerate(rows):
         if row["summary"] is None:
-            axes.text(
-                0.01, y, "no completed run", transform=axes.get_yaxis_transform(), color=FAINT, va="center", size=9
-            )
+            axes.text(0.01, y, "not measured", transform=axes.get_yaxis_transform(), color=FAINT, va="center", size=9)
         else:
             _strip_row(axes, y, row)
         if row["published"] is not None:
