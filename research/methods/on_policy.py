@@ -17,7 +17,7 @@ from research.methods.soft_target import check_weights, checked_divergence, of_t
 from research.methods.student_form import Student, StudentForm
 from research.methods.token_validation import METRICS as TOKEN_METRICS
 from research.methods.token_validation import log_token_validation
-from research.records import Batch, PromptBatch, Sampling, StoredRow, TeacherSignal, TokenBatch
+from research.records import Batch, PromptBatch, Sampling, TeacherSignal, TokenBatch
 from research.seeding import rng_for
 from research.teachers.base import AbstractTeacher
 
@@ -221,8 +221,12 @@ class OnPolicy(AbstractMethod):
         self._pad_id, self._vocab_size, self._seed = data.codec.pad_id, data.codec.vocab_size, data.seed
         positions = None if self.teacher is None or not self.soft_weight else self.teacher.max_positions
         self._own_words.connect(self.student, data, positions)
-        if self.on_policy_fraction < 1 and positions is not None:
-            _check_stored(data.stored_rows(), positions)
+        if self.on_policy_fraction < 1:
+            rows = data.stored_rows()
+            own = [len(row.ids) for row in rows]
+            its = [len(row.teacher_prompt_ids) + len(row.ids) - row.prompt_length for row in rows]
+            _check_stored("student", own, getattr(self.student, "max_positions", None))
+            _check_stored("teacher", its, positions)
 
     # -- one micro-batch ----------------------------------------------------------------------------------------------
 
@@ -307,12 +311,11 @@ class OnPolicy(AbstractMethod):
         log_token_validation(self, self.student, batch)
 
 
-def _check_stored(rows: Sequence[StoredRow], positions: int) -> None:
-    """Refuse stored traces that are too long for the teacher, before one of them comes."""
-    lengths = [len(row.teacher_prompt_ids) + len(row.ids) - row.prompt_length for row in rows]
-    too_long = sum(length > positions for length in lengths)
+def _check_stored(side: str, lengths: Sequence[int], positions: int | None) -> None:
+    """Refuse stored traces that are too long for the student or the teacher, before one of them comes."""
+    too_long = 0 if positions is None else sum(length > positions for length in lengths)
     if too_long:
         raise ConfigError(
-            f"{too_long} of {len(rows)} stored traces are longer than the teacher's {positions} positions as it reads "
-            f"them, up to {max(lengths)} tokens; lower data.max_tokens, or take a teacher with more positions"
+            f"{too_long} of {len(lengths)} stored traces are longer than the {side}'s {positions} positions as it "
+            f"reads them, up to {max(lengths)} tokens; lower data.max_tokens, or take a {side} with more positions"
         )

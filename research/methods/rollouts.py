@@ -147,7 +147,7 @@ class RolloutBuffer:
     def state_dict(self) -> dict[str, Any]:
         """The block that was drawn last, in plain values."""
         drawn = {index: [asdict(one) for one in completions] for index, completions in self._drawn.items()}
-        asked = {name: getattr(self.sampling, name) for name in DRAWN_WITH}
+        asked = self._restored or {name: getattr(self.sampling, name) for name in DRAWN_WITH}
         return {"block": self._block, "drawn": drawn, "sampling": asked}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

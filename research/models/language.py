@@ -68,7 +68,7 @@ class AbstractLanguageModel(nn.Module):
         return projection_of(self.model, self._arguments(ids_BT, position_BT, segment_BT))
 
     def reads_places(self, ids_BT: Tensor, position_BT: Tensor, segment_BT: Tensor) -> bool:
-        """Whether :meth:`hidden_projection_at` reads these rows to the bits of the library's own pass.
+        """Whether :meth:`hidden_projection_at` reads hidden states to the bits of the library's own pass.
 
         On a CPU, in eval mode, one document a row, for a model that ``rotary.is_plain`` with fused attention.
         """

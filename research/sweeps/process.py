@@ -40,7 +40,9 @@ def refuse_further_processes(cfg: DictConfig, what: str, instead: str = "") -> N
     instead  what else to do than to give one device, for the end of the message
     """
     devices, nodes = cfg.trainer.get("devices"), cfg.trainer.get("num_nodes", 1)
-    is_one = len(devices) == 1 if isinstance(devices, ListConfig) else devices in (1, None)
+    if isinstance(devices, str) and "," in devices:  # a list to Lightning too
+        devices = [number for number in devices.split(",") if number.strip()]
+    is_one = len(devices) == 1 if isinstance(devices, ListConfig | list) else devices in (1, "1", None)
     if is_one and nodes == 1:
         return
     key, given = ("num_nodes", nodes) if is_one else ("devices", devices)

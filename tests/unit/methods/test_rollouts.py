@@ -175,6 +175,10 @@ def test_a_block_goes_on_as_it_was_drawn_or_not_at_all(
 
     with pytest.raises(CheckpointError, match=told):
         gone_on(1, **changes)
+    kept = torch.load(ends[1], weights_only=True)["own_words"]
+    other = words.make_on_policy(data, **{"num_samples": 2, **changes})
+    other._own_words.load_state_dict(kept)
+    assert other._own_words.state_dict()["rollouts"] == kept["rollouts"], "saved again before it is looked at"
     for steps, options in ((1, {}), (2, changes)):
         drawn = words.rollouts_of(gone_on(steps, **options))
         assert all(len(samples) == {"num_samples": 2, **options}["num_samples"] for samples in drawn.values())
@@ -218,6 +222,12 @@ def test_stored_traces_too_long_for_the_teacher_are_refused_before_the_first_ste
     assert 0 < sum(length > 11 for length in lengths) < 8
     with pytest.raises(ConfigError, match=told):
         words.step_of(words.make_on_policy(data, teacher, on_policy_fraction=0.5), data)
+    longest = max(len(row.ids) for row in data.stored_rows())
+    student = words.make_network(data, max_positions=longest - 1)
+    with pytest.raises(
+        ConfigError, match=f"than the student's {longest - 1} positions as it reads them, up to {longest}"
+    ):
+        words.step_of(words.make_on_policy(data, student=student, on_policy_fraction=0.5), data)
 
 
 def test_p60_a_model_s_own_generation_config_changes_nothing(words: Any) -> None:

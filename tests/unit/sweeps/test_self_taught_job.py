@@ -25,13 +25,13 @@ def make_loop(weights: str = "last", **trainer: Any) -> SelfTaughtLoop:
     return SelfTaughtLoop(cfg, data, SelfTaughtPlan())
 
 
-@pytest.mark.parametrize("trainer", [{}, {"devices": None}, {"devices": [1]}], ids=str)
+@pytest.mark.parametrize("trainer", [{}, *({"devices": devices} for devices in (None, [1], "1", "0,"))], ids=str)
 def test_one_process_is_enough_for_the_loop(trainer: dict[str, Any]) -> None:
     assert make_loop(**trainer).metrics == {}
 
 
 @pytest.mark.parametrize(
-    "trainer", [{"devices": 2}, {"devices": "auto"}, {"devices": [0, 1]}, {"num_nodes": 2}], ids=str
+    "trainer", [*({"devices": devices} for devices in (2, "2", "auto", "0,1", [0, 1])), {"num_nodes": 2}], ids=str
 )
 def test_ranks_that_would_share_one_store_are_refused(trainer: dict[str, Any]) -> None:
     (key,) = trainer
