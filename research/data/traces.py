@@ -137,6 +137,7 @@ class TraceData(L.LightningDataModule):
         self._skipped: dict[Split, Counter[str]] = {}
         self._traces: list[Trace] | None = None
         self._prompts: list[PromptRow] | None = None
+        self._stored: list[StoredRow] | None = None
         self._refused_prompts: Counter[str] = Counter()
 
     def list_bad_rows(self, file: Path) -> None:
@@ -179,7 +180,7 @@ class TraceData(L.LightningDataModule):
         other = copy.copy(self)
         other.seed, other._traces, other._source = seed, list(traces), TrainTraces(self.task)
         kept: dict[Split, Sequence[Document]] = {"val": self.documents("val")}
-        other._documents, other._skipped = kept, {"val": self._skipped["val"]}
+        other._documents, other._skipped, other._stored = kept, {"val": self._skipped["val"]}, None
         return other
 
     def problems(self, split: Split) -> list[Problem]:
@@ -240,9 +241,11 @@ class TraceData(L.LightningDataModule):
 
     def stored_rows(self) -> list[StoredRow]:
         """The train documents beside the prompts, each with the prompt that the teacher would have read instead."""
-        traces = () if self.teacher_codec is self.codec else self.traces()
-        in_modes = self.modes.mixture == "two"
-        return stored_rows(self.documents("train"), traces, self.codec, self.teacher_codec, in_modes=in_modes)
+        if self._stored is None:
+            traces = () if self.teacher_codec is self.codec else self.traces()
+            codecs, in_modes = (self.codec, self.teacher_codec), self.modes.mixture == "two"
+            self._stored = stored_rows(self.documents("train"), traces, *codecs, in_modes=in_modes)
+        return self._stored
 
     def setup(self, stage: str | None = None) -> None:
         """Read and encode what training and validation need; test problems are drawn when they are asked for."""

@@ -390,6 +390,14 @@ def test_teachers_of_text_say_the_same_of_one_network(text_kind: str, text_sourc
     torch.testing.assert_close(torch.stack(by_length), first.sum().expand(2), atol=1e-3, rtol=0)
 
 
+def test_a_teacher_of_text_says_how_long_a_document_may_be(
+    text_kind: str, text_sources: dict[int, tuple[str, str]]
+) -> None:
+    """The model's positions; of a server what its card says, less the one token that it writes."""
+    teacher = TEXT_TEACHERS[text_kind](*text_sources[1])
+    assert teacher.max_positions == (511 if text_kind.startswith("served") else 512)
+
+
 def test_another_teacher_of_text_says_something_else_and_is_somebody_else(
     text_kind: str, text_sources: dict[int, tuple[str, str]]
 ) -> None:

@@ -83,6 +83,16 @@ def test_the_places_asked_for_are_the_library_s(
     torch.testing.assert_close(found_NV, library(network, batch), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_hidden_states_are_the_library_s_to_the_bit(architecture: str) -> None:
+    """What makes a student that is its own teacher learn nothing, under any divergence."""
+    network, batch = make_network(architecture), make_batch()
+    with torch.no_grad():
+        expected = network.hidden_projection(*batch.network_inputs()).at(batch.completion_BT)
+    found = network.hidden_projection_at(batch.ids_BT, batch.position_BT, batch.completion_BT)
+    assert torch.equal(found.hidden_ND, expected.hidden_ND)
+
+
 def test_it_is_half_precision_s_own_rounding() -> None:
     """Both against the same weights in float64."""
     rounded, exact = make_network("qwen3").bfloat16(), make_network("qwen3").double()
