@@ -51,7 +51,7 @@ class LiveBatch:
         pads_B = torch.tensor([width - len(ids) for ids in prompts], device=device)
         self._model, self._vocab_size, self._capacity = model, vocab_size, capacity
         self._cache: Any = DynamicCache(config=model.config)
-        self._can_step = is_plain(model, device)
+        self._can_step = is_plain(model)
         self._stepper: RotaryStepper | None = None  # in the place of the cache, from the first token on
         self._visible_BT: Tensor | None = None
         if len({len(ids) for ids in prompts}) > 1:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from research.models.rotary import Decoder, normed, turn_of
+from research.models.rotary import Decoder, in_product, normed, turn_of
 
 LEAST_ROOM = 32
 
@@ -49,7 +49,7 @@ class RotaryStepper:
     def __init__(self, model: Any, cache: Any, visible_BT: Tensor | None, capacity: int) -> None:
         self._visible_BT, self._length = visible_BT, int(cache.get_seq_length())
         self._decoder = Decoder.of(model)
-        self._kept = [Kept(layer.keys, layer.values) for layer in cache.layers]
+        self._kept = [Kept(in_product(layer.keys), in_product(layer.values)) for layer in cache.layers]
         self._cos_TD, self._signed_sin_TD = turn_of(model, self._length + capacity)
 
     @torch.inference_mode()

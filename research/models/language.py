@@ -70,14 +70,16 @@ class AbstractLanguageModel(nn.Module):
     def reads_places(self, ids_BT: Tensor, position_BT: Tensor, segment_BT: Tensor) -> bool:
         """Whether :meth:`hidden_projection_at` reads hidden states to the bits of the library's own pass.
 
-        On a CPU, in eval mode, one document a row, for a model that ``rotary.is_plain`` with fused attention.
+        On a CPU without autocast, in eval mode, one document a row, for a model that ``rotary.is_plain`` with fused
+        attention.
         """
         is_untouched = not (self.training or self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self))
         return (
             is_untouched
             and ids_BT.device.type == "cpu"
             and self.model.config._attn_implementation == "sdpa"
-            and is_plain(self.model, ids_BT.device)
+            and not torch.is_autocast_enabled("cpu")
+            and is_plain(self.model)
             and one_document_a_row(position_BT, segment_BT)
         )
 

@@ -3,6 +3,9 @@
 In a small model the modules and wrappers of a forward pass, and the copies that they make, take a good part of its
 time; and it carries every place to the end, asked for or not. Here is what that pass does, in its order and to the same
 bits on a CPU, and nothing around it: `hidden_at` reads whole documents, `generation.stepping` adds tokens to them.
+
+Under autocast, matrices are rounded once, where the weights are read; the library's pass, without gradient, rounds each
+again at every call.
 """
 
 from dataclasses import dataclass
@@ -21,15 +24,14 @@ ACTIVATION = "SiLUActivation"
 LENGTH_CHANGES_ROTATION = ("dynamic", "longrope")
 
 
-def is_plain(model: Any, device: torch.device) -> bool:
+def is_plain(model: Any) -> bool:
     """Whether the passes over its weights do for ``model`` what its own forward pass does.
 
     Every module has to be one that the library builds for these families: no adapter, no quantised or sharded part, no
-    other ``forward``, and no hook, which would not be called. All layers attend to everything before. Under autocast
-    the library's own pass is asked, so that the model is read in the precision that it is trained in.
+    other ``forward``, and no hook, which would not be called. All layers attend to everything before.
     """
     family = type(model).__name__.removesuffix("ForCausalLM")
-    if family not in FAMILIES or torch.is_autocast_enabled(device.type) or getattr(model, "tp_size", None) is not None:
+    if family not in FAMILIES or getattr(model, "tp_size", None) is not None:
         return False
     config = model.config
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
@@ -159,11 +161,21 @@ def normed(input: Tensor, gain: Tensor, epsilon: float) -> Tensor:
 def _turned(heads_XHD: Tensor, cos_X1D: Tensor, signed_sin_X1D: Tensor) -> Tensor:
     """Each pair (x_i, x_{i + D/2}) rotated by the angle of its place; two roundings, as the library has it."""
     swapped_XHD = heads_XHD.roll(heads_XHD.shape[-1] // 2, dims=-1)
+    if heads_XHD.dtype != cos_X1D.dtype:  # under autocast: the angles are kept wide, and so is what they turn
+        heads_XHD, swapped_XHD = heads_XHD.to(cos_X1D.dtype), swapped_XHD.to(cos_X1D.dtype)
     return (heads_XHD * cos_X1D).add_(swapped_XHD.mul_(signed_sin_X1D))
 
 
 def _matrix(linear: Any) -> Matrix:
-    return linear.weight, linear.bias
+    return in_product(linear.weight), None if linear.bias is None else in_product(linear.bias)
+
+
+def in_product(tensor: Tensor) -> Tensor:
+    """In the precision that a product takes it in: autocast's where that is on, which leaves float64 alone."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(device))
+    return tensor
 
 
 def _norm(norm: Any) -> Norm:

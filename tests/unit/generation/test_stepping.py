@@ -59,7 +59,7 @@ def whole_pass(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
 @torch.no_grad()
 def compare(model: Any, lengths: Sequence[int] = RAGGED, tokens: int = 75, close: float = 2e-5) -> None:
     """Feed random tokens; some rows leave on the way, others are taken twice or change places."""
-    assert is_plain(model, CPU)
+    assert is_plain(model)
     rows = rows_of(lengths)
     batch = LiveBatch(model, rows, 0, tokens, CPU)
     chosen = {0: (0, 0, 1, 2, 3), 20: (4, 2, 1), 40: (1, 0, 1)}
@@ -126,6 +126,37 @@ def test_the_norm_is_the_librarys_in_float64_too(language_model: Build) -> None:
     compare(language_model("qwen3", dtype=torch.float64, **LONG), close=1e-12)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_autocast_rounds_what_it_rounds_in_the_library(
+    family: str, dtype: torch.dtype, language_model: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bits, logits of rows that come and go; matrices once and not at every token."""
+    model, rows = qwen2() if family == "qwen2" else language_model(family, **LONG), rows_of(RAGGED)
+    with torch.autocast("cpu", dtype=dtype):
+        ours, theirs = (LiveBatch(model, rows, 0, 40, CPU) for _ in range(2))
+        monkeypatch.setattr(theirs, "_can_step", False)
+        for step in range(40):
+            if step in (10, 25):
+                for batch in (ours, theirs):
+                    batch.select((2, 0, 0, 1))
+            token_B = torch.arange(4) + 2 + step % 20
+            for batch in (ours, theirs):
+                batch.feed(token_B)
+            assert torch.equal(ours.logits_BV, theirs.logits_BV) and ours.logits_BV.dtype == dtype
+    assert theirs._stepper is None and ours._stepper is not None
+    matrices = [matrix for layer in ours._stepper._decoder.layers for matrix in (layer.query, layer.down)]
+    assert {weight.dtype for weight, _ in matrices} == {dtype}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@torch.no_grad()
+def test_autocast_leaves_float64_alone(language_model: Build) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compare(language_model("qwen3", dtype=torch.float64, **LONG), close=1e-12)
+
+
 # -- whose own pass is asked ------------------------------------------------------------------------------------------
 
 
@@ -162,10 +193,10 @@ CHANGED = [adapted, hooked, hooked_before, replaced]
 def test_a_model_that_does_more_is_asked_itself(change: Callable[[Any], None], language_model: Build) -> None:
     """And what it does more is in what it writes."""
     model, rows = language_model("llama", **LONG), rows_of(RAGGED)
-    assert is_plain(model, CPU)
+    assert is_plain(model)
     plain_BV = whole_pass(model, rows)
     change(model)
-    assert not is_plain(model, CPU)
+    assert not is_plain(model)
     assert not torch.allclose(whole_pass(model, rows), plain_BV, atol=1e-2)
     with torch.no_grad():
         batch = LiveBatch(model, rows, 0, 1, CPU)
@@ -185,20 +216,18 @@ def test_a_model_that_does_more_is_asked_itself(change: Callable[[Any], None], l
     ids=["another family", "another activation", "a rotation that follows the length", "a window"],
 )
 def test_other_models_are_asked_themselves(family: str, changes: dict[str, Any], language_model: Build) -> None:
-    assert is_plain(language_model("qwen3"), CPU) and not is_plain(language_model(family, **changes), CPU)
+    assert is_plain(language_model("qwen3")) and not is_plain(language_model(family, **changes))
 
 
 @pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
-def test_autocast_and_hooks_of_all_modules_ask_the_model(register: Callable[..., Any], language_model: Build) -> None:
+def test_hooks_of_all_modules_ask_the_model(register: Callable[..., Any], language_model: Build) -> None:
     model = language_model("llama")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not is_plain(model, CPU)
     handle = register(lambda *_: None)
     try:
-        assert not is_plain(model, CPU)
+        assert not is_plain(model)
     finally:
         handle.remove()
-    assert is_plain(model, CPU)
+    assert is_plain(model)
 
 
 # -- in the generator -------------------------------------------------------------------------------------------------
