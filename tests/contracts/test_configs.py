@@ -42,6 +42,9 @@ NODES = (
     "data", "task", "template", "teacher", "reference", "signal_transform", "method", "optimizer", "scheduler", "loop",
     "early_stopping", "trainer", "logger", "generator",
 )  # fmt: skip
+OF_CLASSES = ("digits", "mnist", "speech")  # they are not shrunk, but for their steps
+OTHER_SIZES = tuple(f"r1_distill_{size}" for size in ("qwen_7b", "qwen_14b", "qwen_32b", "llama_70b"))  # of one file
+LONG = [name for name in EXPERIMENTS if name.startswith((*OF_CLASSES, *OTHER_SIZES))]
 OPTIONAL_LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 REAL_DATA = {
     "data.mnist.Mnist": "mnist", "spoken_digits.SpokenDigits": "fsdd", "word_problems.Gsm8k": "gsm8k",
@@ -319,6 +322,8 @@ def shrunk(
         few = ["data.num_train=16", "data.num_test=2", "evaluation.max_new_tokens=6"]
         if cfg.data.num_val > 0:
             few.append("data.num_val=2")
+        if cfg.data.get("num_prompts"):
+            few.append("data.num_prompts=4")
         if cfg.trainer.accumulate_grad_batches > 1:
             few.append("trainer.accumulate_grad_batches=2")
         if "path" in cfg.student:
@@ -329,19 +334,17 @@ def shrunk(
     return overrides
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", LONG)
 def test_p112_every_experiment_builds(
     name: str, shrunk: Callable[[str], list[str]], untrained_teacher: Callable[[DictConfig], Path]
 ) -> None:
+    """Those whose run is `slow`; the others build where they run."""
     cfg = composed("train", f"experiment={name}", *shrunk(name))
     for key in ("teacher", "reference"):
         if cfg[key]._target_ is not None:
             cfg[key].path = str(untrained_teacher(cfg))
     parts = build(cfg)
     assert parts.method.student is not None
-    if isinstance(parts.data, TraceData):
-        parts.data.setup()
-        assert parts.data.summary()["dropped"].get("train", {}) == {}
     trainer_builds(cfg)
 
 
@@ -360,8 +363,7 @@ def untrained_teacher(tmp_path: Path) -> Callable[[DictConfig], Path]:
     return save
 
 
-OF_CLASSES = ("digits", "mnist", "speech")  # they are not shrunk, but for their steps
-RUNS = [pytest.param(name, marks=pytest.mark.slow if name.startswith(OF_CLASSES) else []) for name in EXPERIMENTS]
+RUNS = [pytest.param(name, marks=pytest.mark.slow if name in LONG else []) for name in EXPERIMENTS]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -381,26 +383,33 @@ def test_p30_every_experiment_runs_shrunk(
     assert done.code == 0, done.err
     record = yaml.safe_load((tmp_path / "run" / "run.json").read_text())
     assert record["status"] == "completed" and record["metrics"]["test/errors"] >= 0
+    assert not record["data"].get("summary", {}).get("dropped", {}).get("train")
 
 
 # -- studies ----------------------------------------------------------------------------------------------------------
 
 
-def runs_of(study: Study, *, every: bool) -> dict[tuple[str, tuple[str, ...]], Cell]:
-    """(command, overrides) -> every run that differs in more than its seed, or as many as hold every override."""
-    found: dict[tuple[str, tuple[str, ...]], Cell] = {}
-    seen: set[tuple[str, str]] = set()
+Run = tuple[str, tuple[str, ...]]  # command and overrides
+
+
+def runs_of(study: Study) -> dict[Run, Cell]:
+    """Every run that differs from the others, by what is run."""
+    found: dict[Run, Cell] = {}
     for preset in (None, *study.presets):
-        runs = [("train", cell) for cell in cells(study, preset)]
-        runs += [
-            (item.command, Cell(item.name, {}, 0, item.overrides, item.key)) for item in requirements(study, preset)
-        ]
-        for command, cell in runs:
-            words = {(command, word) for word in cell.overrides if not word.startswith("seed=")}
-            if every or not seen.issuperset(words):
-                found[command, cell.overrides] = cell
-                seen |= words
+        found |= {("train", cell.overrides): cell for cell in cells(study, preset)}
+        for item in requirements(study, preset):
+            found[item.command, item.overrides] = Cell(item.name, {}, 0, item.overrides, item.key)
     return found
+
+
+def few_of(runs: dict[Run, Cell]) -> dict[Run, Cell]:
+    """Few that hold every override of all, but for seeds: always the one with most that are new."""
+    words = {run: {(run[0], word) for word in run[1] if not word.startswith("seed=")} for run in runs}
+    missing, chosen = set[tuple[str, str]]().union(*words.values()), {}
+    while missing:
+        run = max(words, key=lambda run: len(words[run] & missing))
+        chosen[run], missing = runs[run], missing - words[run]
+    return chosen
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -408,7 +417,8 @@ def runs_of(study: Study, *, every: bool) -> dict[tuple[str, tuple[str, ...]], C
 def test_p112_every_run_of_every_study_composes(name: str, every: bool) -> None:
     study = read_study(REPOSITORY / "experiments" / name)
     folders = {required: f"/nowhere/{required}" for required in study.requires}
-    for (command, _), cell in runs_of(study, every=every).items():
+    runs = runs_of(study)
+    for (command, _), cell in (runs if every else few_of(runs)).items():
         cfg = composed(command, *cell.filled(folders, "/nowhere/runs"))
         check_nodes(cfg)
         if command == "traces":

@@ -73,15 +73,12 @@ def test_every_preset_measures_what_is_compared_and_drawn(name: str) -> None:
     if not needed and not drawn:
         return
     for preset in (None, *study.presets):
-        first = {cell.arm: cell for cell in reversed(cells(study, preset))}
-        configs = {arm: composed(cell, study) for arm, cell in first.items()}
+        runs = Runs(study, preset)
         for arm, metric in needed:
-            if arm in configs:
-                assert lacking(metric, configs[arm]) is None, (
-                    f"{name}, preset {preset}, {arm}: {metric} is not measured"
-                )
+            if arm in runs.first:
+                assert lacking(metric, runs.config(arm)) is None, f"{name}, preset {preset}, {arm}: {metric}"
         for metric in drawn:
-            assert any(lacking(metric, cfg) is None for cfg in configs.values()), f"{name}, preset {preset}: {metric}"
+            assert any(lacking(metric, runs.config(arm)) is None for arm in runs.first), f"{name}, {preset}: {metric}"
 
 
 def test_the_front_tables_are_those_of_the_committed_verdicts(tmp_path: Path) -> None:
