@@ -56,6 +56,11 @@ class _Reading:
     contrast_S: np.ndarray
 
 
+def level_of(kind: str) -> float:
+    """The level of a kind's interval: the two one-sided tests of an equivalence, at 5 % each, make one of 90 %."""
+    return 0.90 if kind == "equivalence" else 0.95
+
+
 def verdict_for(
     kind: str,
     *,
@@ -124,7 +129,7 @@ def compare(spec: ComparisonSpec, panel: Panel) -> Comparison:
     if not n:
         return Comparison(None, None, None, None, "no complete seed", 0, None, unit, tuple(missing))
     use_items = all(operand.resampled_DS is not None for operand in operands)
-    confidence = 0.90 if spec.kind == "equivalence" else 0.95
+    confidence = level_of(spec.kind)
     reading, low, high = _interval(spec, operands, panel.weights(n), use_items, confidence)
     p_value, two_sided = _p_value(spec, reading.contrast_S), spec.kind in TWO_SIDED
     sides = "two-sided" if two_sided else "one-sided" if spec.kind != "equivalence" else "two one-sided"

@@ -56,7 +56,8 @@ def paint(figure: "Figure", plot: Plot) -> None:
         marker = "o" if len(mean) == 1 else None  # a line of one point would not be seen
         axes.plot(places, [point["mean"] for point in mean], color=colour, lw=2, marker=marker, zorder=3)
         ends.append((mean[-1]["mean"], line["label"], colour))
-    axes.set_xlabel(f"spent, {plot['against']}" if "step" not in plot["against"] else plot["against"], size=9)
+    is_cost = not plot["against"].endswith(("steps", "trials"))
+    axes.set_xlabel(f"spent, {plot['against']}" if is_cost else plot["against"], size=9)
     axes.set_ylabel(plot["metric"], size=9)
     axes.tick_params(axis="x", labelsize=8.5)
     axes.margins(x=0.02, y=0.08)

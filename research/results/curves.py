@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from research.results.fields import StudyError, nearest
-from research.results.plot import Plot
+from research.results.plot import Plot, metric_title
 from research.results.record import write_atomic
 from research.results.statistics import summarise
 from research.results.study import Cell, CurveSpec, Study
@@ -97,6 +97,11 @@ def curve_name(spec: CurveSpec) -> str:
     return f"curve_{spec.metric.replace('/', '_').replace('@', '_')}_{spec.against}"
 
 
+def steps_of(study: Study) -> str:
+    """What a step of a study's curves is: of a run an optimizer's, of a whole search a trial."""
+    return "trials" if study.command == "sweep" else "steps"
+
+
 def curve_plot(study: Study, spec: CurveSpec, groups: Mapping[str, Mapping[int, Sequence[CurveRow]]]) -> Plot:
     """What a curve's figure shows: every seed's own line and, where all seeds of an arm have been, their mean.
 
@@ -118,12 +123,11 @@ def curve_plot(study: Study, spec: CurveSpec, groups: Mapping[str, Mapping[int, 
     for line in lines:
         line["seeds"] = [[[x / unit, y] for x, y in points] for points in line["seeds"]]
         line["mean"] = [{**point, "x": point["x"] / unit} for point in line["mean"]]
-    name = {"flops": f"{prefix}FLOP", "tokens": f"{prefix} tokens", "steps": f"{prefix} steps"}
-    split, _, metric = spec.metric.partition("/")
+    name = {"flops": f"{prefix}FLOP", "tokens": f"{prefix} tokens", "steps": f"{prefix} {steps_of(study)}"}
     return {
         "kind": "curves",
         "question": study.question,
-        "metric": f"{split} {metric.replace('_', ' ')}",
+        "metric": metric_title(spec.metric),
         "against": name.get(spec.against, f"{prefix}s").strip(),
         "lines": lines,
         "unmeasured": unmeasured,

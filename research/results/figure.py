@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Paint = Callable[["Figure", Plot], None]
-STYLE_VERSION = 1  # raise it when the drawing changes: committed figures are then drawn anew
+STYLE_VERSION = 2  # raise it when the drawing changes: committed figures are then drawn anew
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 _COLOURS = {"reference": "#D55E00", "treatment": "#0072B2", "other": "#6B6B6B"}
 _FURTHER_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")  # after the two of _COLOURS
@@ -120,7 +120,8 @@ def _draw_strip(figure: "Figure", plot: Plot) -> None:
     rows = plot["rows"]
     labels = max((len(row["label"]) for row in rows), default=0)
     top = _headline(figure, plot)
-    axes = _place(figure, 0.45 + 0.078 * labels, 0.58, 1.75, top - (0.34 if plot["references"] else 0.14))
+    above = 0.14 + 0.2 * min(len(plot["references"]), 1) + 0.16 * (len(plot["references"]) > 1)
+    axes = _place(figure, 0.45 + 0.078 * labels, 0.58, 1.75, top - above)
     for y, row in enumerate(rows):
         if row["summary"] is None:
             axes.text(0.01, y, "not measured", transform=axes.get_yaxis_transform(), color=FAINT, va="center", size=9)
@@ -130,7 +131,6 @@ def _draw_strip(figure: "Figure", plot: Plot) -> None:
             axes.plot(row["published"], y, marker="D", ms=6.5, mfc="none", mec=_INK, mew=1.2, ls="none", zorder=5)
     for reference in plot["references"]:
         axes.axvline(reference["value"], color=FAINT, lw=1, ls=(0, (4, 3)), zorder=0)
-    _stagger(axes, plot["references"])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
     axes.tick_params(axis="y", length=0)
@@ -138,12 +138,10 @@ def _draw_strip(figure: "Figure", plot: Plot) -> None:
     axes.grid(axis="x", color="#E6E6E6", lw=0.8)
     axes.set_axisbelow(True)
     axes.margins(x=0.06)
+    _name_references(axes, plot["references"])
     shown = any(row["published"] is not None for row in rows)
-    axes.set_xlabel(
-        f"{plot['metric']} ({plot['better']}; dot = one seed, bar = 95 % interval of the mean"
-        f"{', diamond = published' if shown else ''})",
-        size=9,
-    )
+    told = "dot = one seed, bar = 95 % interval of the mean" + (", diamond = published" if shown else "")
+    axes.set_xlabel(f"{plot['metric']} ({'; '.join(filter(None, (plot['better'], told)))})", size=9)
 
 
 def _strip_row(axes: "Axes", y: int, row: dict[str, Any]) -> None:
@@ -163,23 +161,44 @@ def _strip_row(axes: "Axes", y: int, row: dict[str, Any]) -> None:
     axes.text(1.015, y, text, transform=axes.get_yaxis_transform(), color=colour, va="center", size=9.5)
 
 
-def _stagger(axes: "Axes", references: list[dict[str, Any]]) -> None:
-    """Reference labels above the axes; equal values share one label."""
+def _name_references(axes: "Axes", references: list[dict[str, Any]]) -> None:
+    """Labels above the axes: two that would overlap stand above each other, more share one, and so do equal values."""
     by_value: dict[float, list[str]] = {}
     for reference in references:
         by_value.setdefault(reference["value"], []).append(reference["label"])
-    for value, names in sorted(by_value.items()):
-        axes.annotate(
-            f"{', '.join(names)} {_number(value)}",
-            (value, 1),
-            xycoords=axes.get_xaxis_transform(),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            size=8.5,
-            color="#555555",
-        )
+    labels = [(value, f"{', '.join(names)} {_number(value)}") for value, names in sorted(by_value.items())]
+    for near in _overlapping(axes, labels):
+        if len(near) > 2:
+            middle = (near[0][0] + near[-1][0]) / 2
+            near = [(middle, f"{len(near)} lines, {near[0][1]} to {near[-1][1]}")]
+        for row, (value, text) in enumerate(near):
+            axes.annotate(
+                text,
+                (value, 1),
+                xycoords=axes.get_xaxis_transform(),
+                xytext=(0, 4 + 11.5 * row),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                size=8.5,
+                color="#555555",
+            )
+
+
+def _overlapping(axes: "Axes", labels: list[tuple[float, str]]) -> list[list[tuple[float, str]]]:
+    """The labels, by their place, in runs of which each would touch the one before."""
+    low, high = axes.get_xlim()
+    figure = axes.get_figure()
+    inches = axes.get_position().width * float(figure.get_size_inches()[0]) if figure else 1.0  # type: ignore[union-attr]
+    runs: list[list[tuple[float, str]]] = []
+    end = -math.inf
+    for value, text in labels:
+        middle, half = (value - low) / (high - low) * inches, 0.036 * len(text)
+        if not runs or middle - half > end:
+            runs.append([])
+        runs[-1].append((value, text))
+        end = max(end, middle + half) if len(runs[-1]) > 1 else middle + half
+    return runs
 
 
 def _draw_lines(figure: "Figure", plot: Plot) -> None:
@@ -195,14 +214,14 @@ def _draw_lines(figure: "Figure", plot: Plot) -> None:
     longest = max(len(name) for name in [*names, *(reference["label"] for reference in plot["references"])])
     for number, panel in enumerate(panels):
         column, row = number % columns, number // columns
-        left, bottom = 0.1 + column * column_width + 0.68, (num_rows - 1 - row) * row_height + 0.62
+        left, bottom = 0.1 + column * column_width + 0.86, (num_rows - 1 - row) * row_height + 0.62
         right = width - (0.1 + (column + 1) * column_width) + (0.16 + 0.078 * longest)
         axes = _place(figure, left, bottom, right, bottom + row_height - 0.98)
         _draw_panel(axes, plot, panel, colours)
         axes.set_title(panel["title"], size=10, loc="left", weight="bold", color="#444444")
         axes.set_xlabel(plot["axis"].replace("_", " "), size=9)
         if column == 0:
-            axes.set_ylabel(f"{plot['metric']}\n({plot['better']})", size=9)
+            axes.set_ylabel(plot["metric"] + (f"\n({plot['better']})" if plot["better"] else ""), size=9)
     figure.text(
         0.16 / width, 0.012, "dot = one seed; band = 95 % interval of the mean", size=8, color=FAINT, va="bottom"
     )

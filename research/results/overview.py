@@ -21,9 +21,10 @@ NOT_COMMITTED = ("demo", "demo_traces", "demo_methods")  # made again on every m
 def overview_table(experiments: str | Path) -> str:
     """A Markdown table of the studies below `experiments` that have a verdict, in order of name.
 
-    The effect is the primary comparison's estimate with its interval, in the unit it was declared in.
+    The effect is the primary comparison's estimate with its interval, in the unit it was declared in; where that is not
+    of 95 %, it says so.
     """
-    lines = ["| study | claims | verdict | effect | 95 % interval | runs |", "|---|---|---|--:|--:|--:|"]
+    lines = ["| study | claims | verdict | effect | interval | runs |", "|---|---|---|--:|--:|--:|"]
     for path in sorted(Path(experiments).glob("*/verdict.json")):
         if path.parent.name in NOT_COMMITTED:
             continue
@@ -41,7 +42,7 @@ def arms_table(study: Path) -> str:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     found = re.search(r"^(\*\*\w+\*\* \(.*?)\n\n(\| arm \|.*?)\n\n", text, re.MULTILINE | re.DOTALL)
     if not found:
-        return f"{study.name} has no results yet: `distill study experiments/{study.name}`."
+        return f"{study.name} has no results yet: `distill study {study.parent.name}/{study.name}`."
     return f"{found[2]}\n\n[{study.name}]({study.parent.name}/{study.name}/README.md): {found[1]}"
 
 
@@ -66,5 +67,6 @@ def write_overview(readme: Path, experiments: str | Path) -> bool:
 
 def _effect(comparison: Mapping[str, Any]) -> tuple[str, str]:
     unit = comparison["unit"] or ""
-    interval = f"{number(comparison['low'])} to {number(comparison['high'])}"
+    level = "" if comparison["level"] == 0.95 else f" ({100 * comparison['level']:.0f} %)"
+    interval = f"{number(comparison['low'])} to {number(comparison['high'])}{level}"
     return f"{number(comparison['estimate'])} {unit}".strip(), interval

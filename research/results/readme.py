@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from research.results.bootstrap import DRAWS
-from research.results.comparison import INCONCLUSIVE, Comparison
+from research.results.comparison import INCONCLUSIVE, Comparison, level_of
 from research.results.comparison_spec import ComparisonSpec
-from research.results.curves import curve_name
+from research.results.curves import curve_name, steps_of
 from research.results.fields import StudyError
 from research.results.statistics import ArmSummary
 from research.results.study import Study
 from research.results.table import Row
 
+SIZED = ("difference", "equivalence", "interaction")  # told as a size above 0: above or below, better or worse
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -24,9 +25,11 @@ def sentence_for(spec: ComparisonSpec, result: Comparison, verdict: str, reason:
         return f"{found} ({reason})." if reason else f"{found}."
     interval = ""
     if result.low is not None or result.high is not None:
-        level = "90 %" if spec.kind == "equivalence" else "95 %"
         show = (lambda x: "-" if x is None else f"{x:.0%}") if spec.kind == "share" else number
-        interval = f" ({level} interval {show(result.low)} to {show(result.high)})"
+        low, high = result.low, result.high
+        if spec.kind in SIZED and result.estimate < 0:  # the sentence tells the size, and the direction in a word
+            low, high = (None if end is None else -end for end in (high, low))
+        interval = f" ({100 * level_of(spec.kind):.0f} % interval {show(low)} to {show(high)})"
     tail = f"{p_text(result)}, {result.n} paired seed{'s' if result.n != 1 else ''}"
     ending = f"; {reason}" if verdict == INCONCLUSIVE and reason else ""
     return f"{_finding(spec, result.estimate)}{interval}, {tail}{ending}."
@@ -34,12 +37,13 @@ def sentence_for(spec: ComparisonSpec, result: Comparison, verdict: str, reason:
 
 def _finding(spec: ComparisonSpec, estimate: float) -> str:
     name = {role: operand.name for role, operand in spec.operands}
+    own = {role: operand.metric or spec.metric for role, operand in spec.operands}
+    if spec.kind != "ratio" and len(set(own.values())) > 1:  # splits of one name, or two names
+        usual = spec.metric if spec.kind == "share" else None
+        name = {role: name[role] + (f" ({own[role]})" if own[role] != usual else "") for role in name}
     where = {role: "".join(f", {k} {v}" for k, v in operand.where) for role, operand in spec.operands}
     metric = _words(spec.metric)
     if spec.kind in ("difference", "equivalence"):
-        own = {role: operand.metric or spec.metric for role, operand in spec.operands}
-        if own["treatment"] != own["baseline"]:  # splits of one name, or two names
-            name = {role: f"{name[role]} ({metric_name})" for role, metric_name in own.items()}
         metric = _words(own["treatment"])
         fewer = (estimate >= 0) == spec.lower_is_better
         place = where["treatment"] if where["treatment"] == where["baseline"] else ""
@@ -57,11 +61,9 @@ def _finding(spec: ComparisonSpec, estimate: float) -> str:
         gain = f"the gain of {name['treatment']} over {name['start']} in {metric}"
         return f"{gain} is {number(estimate)} times that of {name['baseline']}"
     if spec.kind == "ratio":
-        before = spec.operand("before").metric or spec.metric
-        after = spec.operand("after").metric or spec.metric
-        if before == after:
+        if own["before"] == own["after"]:
             return f"{metric} of {name['before']} {number(estimate)} times those of {name['after']}"
-        return f"{before} of {name['before']} {number(estimate)} times {after} of {name['after']}"
+        return f"{own['before']} of {name['before']} {number(estimate)} times {own['after']} of {name['after']}"
     if spec.kind == "best_level":
         return (
             f"best {spec.factor} at {spec.group} {spec.high_group} minus best at {spec.group} {spec.low_group}: "
@@ -111,7 +113,8 @@ def results_block(
         lines += [f"Missing runs ({len(missing)}):", ""]
         lines += [f"* `{entry['cell']}`: {entry['reason']}" for entry in missing] + [""]
     for spec in study.curves:
-        lines += [f"![{spec.metric} against {spec.against}]({curve_name(spec)}.svg)", ""]
+        against = steps_of(study) if spec.against == "steps" else spec.against
+        lines += [f"![{spec.metric} against {against}]({curve_name(spec)}.svg)", ""]
     completed = sum(row["status"] == "completed" for row in rows)
     lines.append(
         f"{completed} runs, {verdict['seconds'] / 60:.1f} minutes in all, revision {verdict['revision']}. "

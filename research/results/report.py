@@ -12,6 +12,7 @@ from research.results.comparison import (
     INCONCLUSIVE,
     Comparison,
     compare,
+    level_of,
     resampled_operands,
     verdict_for,
 )
@@ -38,8 +39,9 @@ VERDICT_KEYS = (
 
 
 def study_command(study: Study, preset: str | None = None) -> str:
-    """The command line that runs the study."""
-    return f"distill study experiments/{study.name}" + (f" preset={preset}" if preset else "")
+    """The command line that runs the study, given where ``experiments/`` lies, or what else its folder lies in."""
+    folder = study.path.parent.resolve()
+    return f"distill study {folder.parent.name}/{folder.name}" + (f" preset={preset}" if preset else "")
 
 
 def build_report(study_dir: str | Path, preset: str | None = None) -> dict[str, Path]:
@@ -75,7 +77,7 @@ def _stamp(files: Iterable[Path]) -> str:
 def _rebuild(study: Study, folder: Path, preset: str | None) -> None:
     runs = read_committed(study, preset)
     panel = _panel(study, runs, folder / ITEMS_FILE, preset)
-    arms = summaries(study, panel)
+    arms = summaries(panel, study.metric)
     rows = tidy_rows(study, panel.cells, runs.records, runs.missing, preset)
     primary = compare(study.comparison, panel)
     others = {name: compare(spec, panel) for name, spec in study.secondary.items()}
@@ -90,7 +92,7 @@ def _rebuild(study: Study, folder: Path, preset: str | None) -> None:
         "reason": reason,
         "metric": study.metric,
         "arms": {name: arm_entry(summary) for name, summary in arms.items()},
-        "comparison": comparison_entry(primary),
+        "comparison": comparison_entry(primary) | {"level": level_of(study.comparison.kind)},
         "secondary": secondary,
         **_provenance(study, runs, preset),
     }

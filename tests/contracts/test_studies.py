@@ -1,15 +1,18 @@
 """Every preset of every study measures what its comparisons and curves are made of; else only its report would tell."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from matplotlib import image
 from omegaconf import DictConfig
 
 from research.evaluation.sequences import sample_counts
 from research.results.overview import write_overview
+from research.results.report import build_report
 from research.results.study import Cell, Study, cells
 from research.results.study_file import read_study
 from research.schemas import register_schemas
@@ -87,6 +90,26 @@ def test_the_front_tables_are_those_of_the_committed_verdicts(tmp_path: Path) ->
     assert write_overview(readme, REPOSITORY / "experiments")
     stale = "README.md shows older results than experiments/ holds: run `distill report experiments`"
     assert readme.read_text() == (REPOSITORY / "README.md").read_text(), stale
+
+
+KINDS = ("two_modes", "mnist_temperature_width", "speech_ensemble", "search_chain")  # arms, lines, references, curves
+REPORTED = sorted(path.parent.name for path in (REPOSITORY / "experiments").glob("*/verdict.json"))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in REPORTED]
+)
+def test_what_is_committed_is_what_is_made_today(name: str, tmp_path: Path) -> None:
+    """A change of the drawing that does not raise its STYLE_VERSION leaves old figures beside new words."""
+    committed = REPOSITORY / "experiments" / name
+    made = tmp_path / "experiments" / name
+    shutil.copytree(committed, made, ignore=shutil.ignore_patterns("*.svg", "*.png", "*.sha256", "verdict.json"))
+    for file, path in build_report(made).items():
+        if path.suffix == ".png":
+            old, new = (image.imread(folder / file) for folder in (committed, made))
+            assert old.shape == new.shape and abs(old - new).mean() < 1e-3, f"{file} was drawn otherwise"
+        elif path.suffix != ".svg":
+            assert path.read_bytes() == (committed / file).read_bytes(), f"{file} is another"
 
 
 def test_the_check_sees_what_is_missing() -> None:

@@ -48,8 +48,8 @@ class Workshop:
         return self.root / "runs"
 
     def study(self, text: str = STUDY_TEXT, name: str = "digits") -> Study:
-        folder = self.root / name
-        folder.mkdir(exist_ok=True)
+        folder = self.root / "experiments" / name
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "study.yaml").write_text(textwrap.dedent(text))
         return read_study(folder)
 

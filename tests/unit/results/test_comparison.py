@@ -113,6 +113,28 @@ def test_a_difference_of_two_metrics_names_both_and_not_the_studys() -> None:
     assert sentence_for(of_one, found, "HOLDS", "").startswith("errors of soft 19 below hard (95 %")
 
 
+@pytest.mark.parametrize(
+    ("kind", "estimate", "told"),
+    [
+        ("difference", 3.0, "errors of soft 3 below hard (95 % interval -1 to 7)"),
+        ("difference", -3.0, "errors of soft 3 above hard (95 % interval -1 to 7)"),
+        ("equivalence", -3.0, "errors of soft 3 above hard (90 % interval -1 to 7)"),
+    ],
+)
+def test_the_interval_is_of_the_size_that_is_told(kind: str, estimate: float, told: str) -> None:
+    """An interval of the signed estimate, beside its size alone, would not hold it."""
+    low, high = (-1.0, 7.0) if estimate > 0 else (-7.0, 1.0)
+    found = Comparison(estimate, low, high, 0.03, "sign flip", 6, 1 / 32, "errors", ())
+    assert sentence_for(_spec(kind, baseline="hard", treatment="soft"), found, "HOLDS", "").startswith(told)
+
+
+def test_a_share_names_the_metric_that_is_not_its_own() -> None:
+    spec = _spec("share", worst="single", treated="student", best=OperandSpec("student", metric="test/teacher_errors"))
+    found = Comparison(0.5, 0.4, 0.6, 0.03, "sign flip", 6, 1 / 64, "share", ())
+    told = sentence_for(spec, found, "HOLDS", "")
+    assert told.startswith("student closes 50% of the gap in errors from single to student (test/teacher_errors) (95 %")
+
+
 def test_an_interaction_that_lacks_a_run_names_it() -> None:
     spec, panel = _interaction()
     records = {key: record for key, record in panel.records.items() if key != "chain/terms=8/seed=3"}

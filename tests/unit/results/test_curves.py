@@ -1,6 +1,7 @@
 """Curves of a study: rows that are read back to the last bit, means by hand, and figures rebuilt from them alone."""
 
 import csv
+import dataclasses
 import math
 from pathlib import Path
 
@@ -47,6 +48,14 @@ def rows_of(*points: tuple[float, float | None]) -> list[dict[str, float | None]
     return [{"step": i + 1.0, "spent_flops": x, "val/accuracy": y} for i, (x, y) in enumerate(points)]
 
 
+def test_a_search_is_drawn_over_its_trials(workshop) -> None:
+    study = dataclasses.replace(workshop.study(), command="sweep")
+    groups = {"tpe": {0: [{"step": i + 1.0, "search/best": 9.0 - i} for i in range(3)]}}
+    plot = curve_plot(study, CurveSpec("search/best", "steps"), groups)
+    assert (plot["against"], plot["metric"]) == ("trials", "best value that the search found")
+    assert plot["lines"][0]["seeds"] == [[[1.0, 9.0], [2.0, 8.0], [3.0, 7.0]]]
+
+
 def test_means_are_taken_at_equal_cost(workshop) -> None:
     """Seed 0 is measured at 2, 4, 6 GFLOP, seed 1 at 3 and 5: their mean begins at 3 and ends at 5."""
     study = workshop.study()
@@ -65,6 +74,7 @@ def test_means_are_taken_at_equal_cost(workshop) -> None:
     assert [point["mean"] for point in soft["mean"]] == pytest.approx(
         [(0.2 + 0.1) / 2, (0.4 + 0.4) / 2, (0.5 + 0.7) / 2]
     )
+    assert plot["metric"] == "val accuracy"
     half = 12.7062047 * abs(0.2 - 0.1) / 2  # t(1), SD / sqrt(2) of two values is half their distance
     assert soft["mean"][0]["high"] - soft["mean"][0]["mean"] == pytest.approx(half)
     assert hard["mean"] == [{"x": 1.0, "mean": 0.5, "low": None, "high": None}]

@@ -1,19 +1,33 @@
 """The figure: equal numbers give equal bytes, unchanged figures are kept, changed or touched ones are drawn again."""
 
 import copy
+import itertools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from research.results.collect import collect
-from research.results.figure import draw, write_figure
+from research.results.figure import _draw_strip, draw, write_figure
 from research.results.panel import Panel
 from research.results.plot import Plot, plot_of
 from research.results.report import build_report
 from research.results.study import cells
 
+STUDY_TEXT = """
+study: digits
+claim: C04
+question: Do soft targets help?
+arms: {hard: [method=supervised], soft: [method=soft_target]}
+seeds: [0, 1, 2, 3, 4, 5]
+metric: test/errors
+lower_is_better: true
+comparison: {kind: difference, baseline: hard, treatment: soft}
+published: {source: a paper, arms: {hard: 14, soft: 7}}
+"""
 GRID_TEXT = """
 study: grid
 claim: C07
@@ -59,6 +73,34 @@ def test_plot_shows_every_run_in_its_place(workshop) -> None:
     hard, soft = lines["panels"][0]["lines"]
     assert [point["x"] for point in soft["points"]] == [1.0, 2.0, 8.0, 40.0]
     assert [point["x"] for point in hard["points"]] == [None] and len(hard["points"][0]["summary"]["values"]) == 3
+
+
+def test_the_metric_of_the_verdict_is_drawn(workshop) -> None:
+    """Not the study's own, where the primary comparison has another; nor what was published of that."""
+    text = STUDY_TEXT.replace("treatment: soft}", "treatment: soft, metric: test/accuracy, lower_is_better: false}")
+    study = workshop.study(text)
+    values = {cell.key: {"metrics": {"test/errors": 5.0, "test/accuracy": 0.5}} for cell in cells(study)}
+    plot = plot_of(study, Panel(cells(study), values), "INCONCLUSIVE", "they are equal.")
+    assert (plot["metric"], plot["better"]) == ("test accuracy", "higher is better")
+    assert {value for row in plot["rows"] for value in row["summary"]["values"]} == {0.5}
+    assert [row["published"] for row in plot["rows"]] == [None, None]
+
+
+def test_labels_of_references_do_not_lie_on_each_other(workshop) -> None:
+    plot = _strip(workshop)
+    for names, expected in (
+        ({"a": 3.0, "b": 16.0}, ["a 3", "b 16"]),
+        ({"teacher": 12.0, "other teacher": 12.3}, ["teacher 12", "other teacher 12.3"]),
+        ({f"m{i}": 12 + 0.1 * i for i in range(10)}, ["10 lines, m0 12 to m9 12.9"]),
+    ):
+        plot["references"] = [{"label": label, "value": value} for label, value in names.items()]
+        figure = Figure(figsize=(9.0, 3.0))
+        canvas = FigureCanvasAgg(figure)
+        _draw_strip(figure, plot)
+        labels = [text for text in figure.axes[0].texts if any(text.get_text().startswith(n) for n in expected)]
+        assert sorted(text.get_text() for text in labels) == sorted(expected)
+        boxes = [text.get_window_extent(canvas.get_renderer()) for text in labels]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 @pytest.mark.parametrize("make", [_strip, _lines])

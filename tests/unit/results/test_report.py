@@ -12,7 +12,7 @@ from research.results.collect import ITEMS_FILE, RECORDS_FILE, collect, portable
 from research.results.fields import StudyError
 from research.results.items import read_study_items
 from research.results.readme import BEGIN, END, with_results
-from research.results.report import VERDICT_KEYS, build_report, revision_of
+from research.results.report import VERDICT_KEYS, build_report, revision_of, study_command
 from research.results.study import cells
 from research.results.study_file import read_study
 
@@ -57,12 +57,20 @@ def test_report_is_rebuilt_byte_for_byte(workshop) -> None:
     assert set(first) == {*OUTPUTS, RECORDS_FILE, ITEMS_FILE, "study.yaml"}
     build_report(folder)
     assert _contents(folder) == first
-    elsewhere = folder.parent / "elsewhere" / "digits"
+    elsewhere = folder.parent / "elsewhere" / "experiments" / "digits"
     elsewhere.mkdir(parents=True)
     for name in ("study.yaml", RECORDS_FILE, ITEMS_FILE, "README.md"):
         (elsewhere / name).write_bytes(first[name])
     build_report(elsewhere)
     assert _contents(elsewhere) == first
+
+
+def test_the_command_names_the_folder_that_the_study_lies_in(workshop) -> None:
+    study = workshop.study()
+    assert study_command(study) == "distill study experiments/digits"
+    study.path.parents[1].rename(study.path.parents[2] / "studies")
+    moved = read_study(study.path.parents[2] / "studies" / "digits")
+    assert study_command(moved, "smoke") == "distill study studies/digits preset=smoke"
 
 
 def test_collecting_twice_gives_the_same_bytes_and_no_machine_paths(workshop) -> None:
