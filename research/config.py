@@ -176,6 +176,12 @@ def build_trainer(node: Any, **late: Any) -> Any:
     devices, cores = arguments.get("devices"), os.cpu_count() or 1
     if arguments.get("accelerator") == "cpu" and isinstance(devices, int) and devices > cores:
         raise ConfigError(f"trainer.devices is {devices}, one process each, but this machine has {cores} CPU cores")
+    for key in ("val_check_interval", "check_val_every_n_epoch"):
+        if arguments.get(key) == 0:
+            raise ConfigError(f"trainer.{key} is 0; for no validation give trainer.limit_val_batches=0")
+    for key, least, told in (("accumulate_grad_batches", 1, "at least 1"), ("gradient_clip_val", 0, "0 or more")):
+        if isinstance(arguments.get(key), int | float) and arguments[key] < least:
+            raise ConfigError(f"trainer.{key} is {arguments[key]}; expected {told}")
     try:
         return make(arguments, "trainer", **late)
     except (MisconfigurationException, ModuleNotFoundError) as error:

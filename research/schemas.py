@@ -19,6 +19,7 @@ from research.errors import ConfigError
 SPLITS = ("train", "val", "test")
 WEIGHTS = ("last", "best")
 SOURCES = ("teacher", "reference", "file", "released")
+GROUP_OF = {"student": "model", "reference": "teacher", "teacher_template": "template"}  # where key and group differ
 MODEL_FORMATS = ("llama2c",)
 PREFLIGHTS = ("skip", "warn", "refuse")
 _NAME = re.compile(r"[\w.+-]+")
@@ -305,6 +306,13 @@ def expect_one_of(key: str, given: str, valid: Iterable[str]) -> None:
         raise ConfigError(f"{key} is {given!r}{nearest(given, valid)}. Valid: {', '.join(valid)}")
 
 
+def not_chosen(key: str, given: str) -> str:
+    """What to say of a plain text where a choice of the group of GROUP_OF stands."""
+    group = GROUP_OF[key]
+    choice = given if _NAME.fullmatch(given) else "NAME"
+    return f"{key} is {given!r}, expected a {group}; write {group}@{key}={choice}"
+
+
 def nearest(word: str, valid: Iterable[str], prefix: str = "") -> str:
     """ "; nearest valid: ..." where one of the valid words is close to the given one, else nothing."""
     valid = list(valid)
@@ -324,6 +332,8 @@ def _check_node(node: DictConfig, schema: type, prefix: str) -> None:
             raise ConfigError(f"{prefix}{key} is not chosen; give one of its choices by name, see --help")
         if key not in node:
             raise ConfigError(f"the key {prefix}{key} was deleted, but is needed; leave out ~{prefix}{key}")
+        if item.type is Any and key in GROUP_OF and isinstance(node[key], str):
+            raise ConfigError(not_chosen(key, node[key]))
         if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
             _check_node(node[key], item.type, f"{prefix}{key}.")
 

@@ -111,6 +111,9 @@ def _called_as(argv: list[str], cwd: Path) -> Iterator[None]:
             root.removeHandler(handler)
             handler.close()
         root.handlers, root.level = handlers, level
+        for logger in root.manager.loggerDict.values():  # Hydra's settings disable those that are there already
+            if isinstance(logger, logging.Logger):
+                logger.disabled = False
         torch.set_num_threads(threads)
 
 

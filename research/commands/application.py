@@ -22,7 +22,7 @@ from research.errors import (
 )
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-FAILURE, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+FAILURE, USAGE_ERROR, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
 # whose message says it all; a stop is told with its own exit code
 _TOLD_ALONE = (ConfigError, CheckpointError, CacheError, StoreError, NonFiniteLoss, RolloutError, Pruned)
 _NO_CHOICE = "Config group override must be"  # the one composition error that Hydra raises as a plain ValueError
@@ -73,6 +73,17 @@ def fail(message: str, code: int = FAILURE) -> int:
     return code
 
 
+def say(text: str, end: str = "\n") -> int:
+    """Print; the exit code is 0, or that of a closed pipe where whoever read has gone (`| head`), which is no error."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:  # takes what is left when Python flushes at its end
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return CLOSED_PIPE
+    return 0
+
+
 def _explained(command: str, arguments: list[str], conf_dir: Path, error: Exception) -> str:
     from research.commands.explain import explain_composition
 
@@ -95,6 +106,7 @@ def _run(command: str, task: Task, arguments: list[str], conf_dir: Path, *, keep
     set_application_program((sys.executable, "-m", _MODULE, command), check)
     failures: list[BaseException] = []
     job = _guarded(command, task, failures, keep_in_job)
+    code = 0
     printed = io.StringIO() if any(a.startswith(_PRINTING_FLAGS) for a in arguments) else None
     script, sys.argv = sys.argv, [f"distill {command}", *arguments]
     try:
@@ -104,10 +116,10 @@ def _run(command: str, task: Task, arguments: list[str], conf_dir: Path, *, keep
         sys.argv = script
         set_application_program(())  # another application of this process is not this one
         if printed:
-            print(mask_printed(printed.getvalue()), end="")
+            code = say(mask_printed(printed.getvalue()), end="")
     if failures:
         raise failures[0]
-    return 0
+    return code
 
 
 def _guarded(command: str, task: Task, failures: list[BaseException], keep_in_job: bool) -> Task:

@@ -69,9 +69,10 @@ def task(cfg: DictConfig) -> float:
     if isinstance(data, TraceData):
         told["sampling"] = {name: value for name, value in options.items() if name != "splits"}
     path.write_text(json.dumps(told, indent=1) + "\n")
+    for reason in dict.fromkeys(scores.omitted.values()):
+        names = ", ".join(name for name, why in scores.omitted.items() if why == reason)
+        print(f"omitted ({reason}): {names}")
     for name, value in scores.metrics.items():
         print(f"{name:40s} {value:.6g}")
-    for name, reason in scores.omitted.items():
-        print(f"{name:40s} omitted: {reason}")
     print(f"written: {path}")
     return scores.metrics[f"{cfg.split}/errors"]

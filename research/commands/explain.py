@@ -10,10 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from research.schemas import nearest
+from research.schemas import GROUP_OF, nearest, not_chosen
 
-# root key -> folder of its choices, where the two differ
-_GROUP_FOLDERS = {"student": "model", "reference": "teacher"}
 _EXTRAS = {"hydra/launcher/joblib": "parallel"}
 _NOT_IN = re.compile(r"Key '([^']+)' (?:is )?not in |Could not delete from config\. '([^']+)' does not exist")
 _FULL_KEY = re.compile(r"full_key: (\S+)")
@@ -87,6 +85,10 @@ def _no_choice(command: str, path: str, text: str) -> str:
 
 
 def _unknown_key(command: str, conf_dir: str, arguments: list[str], key: str, where: str) -> str:
+    root = key.partition(".")[0]
+    given = next((a.partition("=")[2] for a in arguments if a.partition("=")[0] == root), "")
+    if command == "train" and root in GROUP_OF and root != key and given and not given.startswith("{"):
+        return not_chosen(root, given)
     node = _composed_without(command, conf_dir, arguments, key)
     if node is None:
         return f"unknown key {key!r}{where}; see the valid ones with `distill {command} --cfg job`"
@@ -123,7 +125,7 @@ def _gives(argument: str, key: str) -> bool:
 
 def _in_another_choice(conf_dir: Path, parent: str, name: str, valid: Iterable[str]) -> str:
     """A key of this group that another choice of it has: temperature under method=soft_target."""
-    folder = conf_dir / _GROUP_FOLDERS.get(parent, parent or ".")
+    folder = conf_dir / GROUP_OF.get(parent, parent or ".")
     if not parent or not folder.is_dir():
         return ""
     for path in sorted(folder.glob("*.yaml")):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from research.commands.application import USAGE_ERROR, fail, run_application
+from research.commands.application import USAGE_ERROR, fail, run_application, say
 from research.sweeps.grammar import quoted
 
 COMMANDS = ("train", "cache", "traces", "evaluate", "convert", "study", "report")
@@ -19,13 +19,11 @@ def main() -> None:
     """`distill COMMAND [overrides]`."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return
+        sys.exit(say(_overview()))
     if arguments[0] == "--version":
         from importlib.metadata import version
 
-        print(f"distill {version('research-distillation')}")
-        return
+        sys.exit(say(f"distill {version('research-distillation')}"))
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
         from research.schemas import nearest
@@ -34,8 +32,7 @@ def main() -> None:
         sys.exit(fail(f"no command {command!r}{near}. Commands: {', '.join(COMMANDS)}", USAGE_ERROR))
     module = importlib.import_module(f"research.commands.{command}")
     if any(argument in ("-h", "--help") for argument in rest):
-        print(_help(command, module))
-        return
+        sys.exit(say(_help(command, module)))
     sys.exit(run_application(command, module.task, _named(command, rest), _conf_dir()))
 
 

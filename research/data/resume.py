@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 
 from research.data.loader import Place
+from research.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,22 @@ class TrainerPlace:
             )
         total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         return divmod(int(total.processed), per_epoch)
+
+
+def check_validations_end_steps(trainer: L.Trainer) -> None:
+    """Raise ConfigError where a validation would come between two micro-batches of one optimizer step.
+
+    It would see the weights of the step before, and come twice where the run is stopped there and gone on with: the
+    step's micro-batches are taken again, and what counts validations would count one too many.
+    """
+    every: Any = trainer.val_check_batch
+    micro_batches = int(trainer.accumulate_grad_batches)
+    within = trainer.check_val_every_n_epoch is None or every < trainer.num_training_batches
+    if trainer.enable_validation and within and isinstance(every, int) and every % micro_batches:
+        raise ConfigError(
+            f"trainer.val_check_interval validates every {every} batches, within an optimizer step of "
+            f"trainer.accumulate_grad_batches={micro_batches}: give a multiple"
+        )
 
 
 def rewind_to_last_step(checkpoint: dict[str, Any], micro_batches: int) -> int:

@@ -19,7 +19,7 @@ from research.data.train_documents import train_documents
 from research.data.train_traces import TrainTraces
 from research.errors import ConfigError
 from research.records import Problem, PromptRow, StoredRow, Trace
-from research.tasks.base import AbstractTask, Split
+from research.tasks.base import AbstractTask, Split, problems_for
 from research.text.codec import Codec
 from research.text.compact import CompactDocuments, lengths
 from research.text.document import Document
@@ -187,7 +187,8 @@ class TraceData(L.LightningDataModule):
         """The problems of a split, by rising index. Those of train are the task's, whatever the store holds."""
         if split not in self._problems:
             num = self._num[split]
-            self._problems[split] = self.task.problems(split, num, self._problem_seed) if num != 0 else []
+            key = f"data.num_{split}"
+            self._problems[split] = problems_for(key, self.task, split, num, self._problem_seed) if num != 0 else []
         return self._problems[split]
 
     def traces(self) -> list[Trace]:

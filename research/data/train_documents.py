@@ -6,11 +6,14 @@ from dataclasses import replace
 
 from research.data.modes import Modes
 from research.data.splits import DataError
+from research.data.train_traces import WRONG_ANSWER
 from research.records import Problem, Trace
 from research.text.codec import Codec
 from research.text.compact import CompactDocuments
 from research.text.formats import arrange
-from research.text.refusals import EmptyChain
+from research.text.refusals import ControlToken, EmptyChain, MissingAnswer, TooLong, UnknownCharacter, Unreadable
+from research.text.templates import THINK
+from research.traces.importing import QUARANTINE_FILE, QUARANTINED
 
 HELD_OUT = "held_out"  # a trace of a problem that validation or test poses
 
@@ -34,7 +37,8 @@ def train_documents(
     unread     rows that were no traces, by reason, when ``traces`` have come to their end
 
     A document's ``index`` is the place of its trace in ``traces``. Problems are compared by their words: a store of
-    other people's traces does not know this task's splits. Raises DataError where no trace has a document.
+    other people's traces does not know this task's splits. Raises DataError where no trace has a document, saying what
+    to do about each reason.
     """
     skipped, codec = Counter[str](), codec.marked("")  # the traces bring their marks along
     trainable = _trainable(traces, {_words(problem.text) for problem in held_out}, modes, skipped)
@@ -51,8 +55,35 @@ def train_documents(
     skipped += unread
     if not documents:
         told = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-        raise DataError(f"none of {seen} traces can be encoded as {trace_format}: {told}")
+        advice = ". ".join(_advice(skipped, codec, modes))
+        raise DataError(f"none of {seen} traces can be encoded as {trace_format}: {told}{advice and f'. {advice}'}")
     return documents, skipped
+
+
+def _advice(skipped: Iterable[str], codec: Codec, modes: Modes) -> Iterator[str]:
+    """What to do about each of the reasons; nothing about those that only a release knows."""
+    template, marks = type(codec.template).__name__, codec.template.marks(codec.layout)
+    told = {
+        TooLong.reason: f"raise data.max_tokens, now {codec.max_tokens}",
+        EmptyChain.reason: "give data.trace_format=answer_only"
+        if modes.mixture is None
+        else f"data.modes={modes.mixture} needs a chain in each; give it traces with chains, or data.modes=null",
+        MissingAnswer.reason: "give traces with an answer each",
+        UnknownCharacter.reason: "data.tokenizer has no token for a part of the texts; give bpe or a pretrained one",
+        ControlToken.reason: "the texts spell a special token of the tokenizer; remove it from them, or give another "
+        "data.tokenizer",
+        Unreadable.reason: f"the texts hold marks of the template {template}"
+        + (f" ({' '.join(marks)})" if marks else "")
+        + f"; give template={'alpaca' if THINK in marks else 'think'} or another",
+        HELD_OUT: "validation or test poses the same problems; give other traces, or fewer of them in data.num_val and "
+        "data.num_test",
+        WRONG_ANSWER: "data.store=released:NAME without :correct takes them too",
+    }
+    for reason in skipped:
+        if reason in told:
+            yield f"{reason}: {told[reason]}"
+        elif reason.startswith(QUARANTINED):
+            yield f"{reason}: these rows are no traces; a run lists them in {QUARANTINE_FILE} of its folder"
 
 
 def _trainable(

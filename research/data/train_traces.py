@@ -15,6 +15,7 @@ from research.traces.mixture import Mixture, training_mixture
 from research.traces.reading import stream_traces
 
 RELEASED_PREFIX = "released:"
+WRONG_ANSWER = "wrong_answer"  # a trace of a release of which only the right ones are asked for
 
 
 class TrainTraces:
@@ -128,7 +129,7 @@ class TrainTraces:
         released, which = self._read_release()
         self.unread.update(released.skipped["train"])
         traces = [t for t in released.traces["train"] if not which or t.details["verdict"] == Verdict.CORRECT]
-        self.unread["wrong_answer"] += len(released.traces["train"]) - len(traces)
+        self.unread[WRONG_ANSWER] += len(released.traces["train"]) - len(traces)
         return traces[: self._num]
 
     def _read_release(self) -> tuple[Released, str]:

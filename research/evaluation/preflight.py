@@ -79,6 +79,7 @@ def preflight(
     *,
     num_problems: int = 32,
     device: torch.device | str = "cpu",
+    on_policy: bool = True,
 ) -> Preflight:
     """Looks at a language-model student, its teacher and the data that they are to meet on.
 
@@ -87,13 +88,14 @@ def preflight(
     or cannot be had, its loss on the reference solutions), too little overlap, a template or thinking mode that the
     teacher was not taught, an end of text that it does not expect.
 
+    ``on_policy``: whether the student is to learn from its own words; too little overlap is warned of there alone.
     ``num_problems`` of validation are taken, of train where there is none. No random number of torch's global generator
     is drawn, and student and data are left as they were.
     """
     started, home = time.perf_counter(), next(student.parameters()).device
     try:
         with torch.random.fork_rng(devices=[]):
-            flight = _Flight(student.to(device), teacher.to(device), data, torch.device(device))
+            flight = _Flight(student.to(device), teacher.to(device), data, torch.device(device), on_policy)
             return replace(flight.run(num_problems), seconds=time.perf_counter() - started)
     finally:
         student.to(home)
@@ -118,8 +120,11 @@ class _Flight:
     codec: Codec
     teacher_codec: Codec
 
-    def __init__(self, student: nn.Module, teacher: AbstractTeacher, data: TraceData, device: torch.device) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: AbstractTeacher, data: TraceData, device: torch.device, on_policy: bool
+    ) -> None:
         self.student, self.teacher, self.data, self.device = student, teacher, data, device
+        self.on_policy = on_policy
         self.findings: list[Finding] = []
         self.figures: dict[str, float] = {}
 
@@ -242,7 +247,8 @@ class _Flight:
             f"probability of its {found.top_k} ({found.teacher_mass:.1%} of all)"
         )
         low = f"{told}; on-policy distillation is known to work from {GOOD_OVERLAP:.0%} on: train on its traces first"
-        self.findings.append(ok("overlap", told) if found.teacher_share >= GOOD_OVERLAP else warning("overlap", low))
+        is_fit = not self.on_policy or found.teacher_share >= GOOD_OVERLAP
+        self.findings.append(ok("overlap", told) if is_fit else warning("overlap", low))
 
     def _judge_gain(self, own: _Answered | None, its: _Answered | None, reference: Agreement | None) -> None:
         told, gains = [], []

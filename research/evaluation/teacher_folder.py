@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from research.errors import ConfigError
-from research.teachers.load import NETWORK_FOLDER, TOKENIZER_FILES
+from research.teachers.load import NETWORK_FOLDER
+from research.text.hub import holds_tokenizer
 from research.text.tokenizer import build_tokenizer
 
 
@@ -53,7 +54,7 @@ def read_teacher_folder(source: str) -> TeacherFolder:
 
 
 def _tokenizer(folder: Path) -> Any | None:
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    if not holds_tokenizer(folder):
         return None
     try:
         return build_tokenizer(str(folder))

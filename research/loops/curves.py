@@ -25,6 +25,16 @@ class CurveWriter(Callback):
         self._rows: dict[int, dict[str, float | None]] = {}
         self._spent: dict[str, float | None] = {}
 
+    @property
+    def measured(self) -> dict[str, float]:
+        """What the last validation measured: also of a fit that is gone on with and has nothing left to do."""
+        for step in sorted(self._rows, reverse=True):
+            values = {name: value for name, value in self._rows[step].items() if name.startswith("val/")}
+            found = {name: value for name, value in values.items() if value is not None}
+            if found:
+                return found
+        return {}
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and self._path.exists():
             self._rows = {int(row["step"] or 0): row for row in read_curve(self._path)}

@@ -222,11 +222,11 @@ def found_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
     return path if path.exists() else None
 
 
-def resume_path(ckpt_path: str | None, run_dir: Path) -> str | None:
+def resume_path(ckpt_path: str | None, run_dir: Path, *, is_asked: bool = True) -> str | None:
     """The checkpoint to go on from, see :func:`found_checkpoint`.
 
-    A folder that has none yet begins at step 0, and the log says so: a run killed in its first epoch left nothing to
-    go on from. Raises CheckpointError where a given file does not exist.
+    A folder that has none yet begins at step 0, and the log says so where ``last`` ``is_asked`` for by a user: a run
+    killed in its first epoch left nothing to go on from. Raises CheckpointError where a given file does not exist.
     """
     found = found_checkpoint(ckpt_path, run_dir)
     if found is not None or ckpt_path is None:
@@ -234,7 +234,8 @@ def resume_path(ckpt_path: str | None, run_dir: Path) -> str | None:
     if ckpt_path != "last":
         raise CheckpointError(f"ckpt_path is {ckpt_path}, which does not exist; give a .ckpt file, or `last`")
     path = run_dir / CHECKPOINTS / LAST
-    log.warning("no %s, so this run begins at step 0; hydra.run.dir=FOLDER names the run to go on with", path)
+    if is_asked:
+        log.warning("no %s, so this run begins at step 0; hydra.run.dir=FOLDER names the run to go on with", path)
     return None
 
 

@@ -69,6 +69,7 @@ class TrainingRun:
     variants    name -> a datamodule whose test split is scored under `test_<name>`
     early_stop  what ends the fit by a metric of validation
     loop        what runs several fits where one would be; None: one call of Lightning's fit
+    resume_is_asked   whether `ckpt_path=last` is the user's word; a study or a sweep gives it to every run
     """
 
     run_dir: Path
@@ -82,12 +83,14 @@ class TrainingRun:
     overrides: list[str]
     loop: FitLoop | None = None
     early_stop: EarlyStop | None = None
+    resume_is_asked: bool = True
 
     def __post_init__(self) -> None:
         self.started_at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
         self.started = time.perf_counter()
         self._accelerator: str | None = None
         self._budget_stop: BudgetStop | None = None
+        self._curve: CurveWriter | None = None
 
     # -- the steps ----------------------------------------------------------------------------------------------------
 
@@ -117,8 +120,8 @@ class TrainingRun:
         budget = self.method.budget
         self._budget_stop = None if budget is None else BudgetStop(budget)
         stop: list[Callback] = [one for one in (self._budget_stop, self.early_stop) if one is not None]
-        curve = CurveWriter(self.run_dir)
-        return [*stop, *self._validation_answers(has_val), curve, *saved, interrupt]
+        self._curve = CurveWriter(self.run_dir)
+        return [*stop, *self._validation_answers(has_val), self._curve, *saved, interrupt]
 
     def _measured(self) -> tuple[str, ...]:
         """What is measured on the validation split; of answers only where problems are answered there."""
@@ -161,7 +164,7 @@ class TrainingRun:
                 if isinstance(self.data, TraceData) and trainer.is_global_zero:
                     self.data.list_bad_rows(self.run_dir / QUARANTINE_FILE)
                 if self.loop is None:
-                    resume = resume_path(self.config["ckpt_path"], self.run_dir)
+                    resume = resume_path(self.config["ckpt_path"], self.run_dir, is_asked=self.resume_is_asked)
                     outcome = fit(trainer, self.method, self.data, interrupt, resume)
                 else:
                     outcome = self.loop.run(self.method, interrupt, self.run_dir)
@@ -194,6 +197,7 @@ class TrainingRun:
         metrics, artifacts = scores.metrics, {"student": NETWORK_FOLDER, **scores.artifacts}
         beside = {"curve": CURVE_FILE, "quarantine": QUARANTINE_FILE}
         artifacts |= {name: file for name, file in beside.items() if (self.run_dir / file).exists()}
+        metrics |= {} if self._curve is None else self._curve.measured
         metrics |= {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         for callback in trainer.checkpoint_callbacks:
             monitor, score = getattr(callback, "monitor", None), getattr(callback, "best_model_score", None)

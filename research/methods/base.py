@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from research.data.resume import forget_interrupted_batch, rewind_to_last_step
+from research.data.resume import check_validations_end_steps, forget_interrupted_batch, rewind_to_last_step
 from research.errors import CheckpointError, ConfigError, NonFiniteLoss
 from research.generation.cost import GenerationCost
 from research.methods.budget import SCHEDULE_LENGTH, Budget, Spent, check_schedule, place_schedule
@@ -101,7 +101,9 @@ class AbstractMethod(L.LightningModule, ABC):
         super().__init__()
         if self.needs_teacher and teacher is None:
             name = type(self).__name__
-            raise ConfigError(f"the method {name} needs a teacher; choose one with teacher=frozen or teacher=cached")
+            is_text = self.needs_prompts or "vocab_size" in training.architecture  # a cache holds signals of classes
+            choices = "teacher=frozen or teacher=" + ("served" if is_text else "cached")
+            raise ConfigError(f"the method {name} needs a teacher; choose one with {choices}")
         self.student = training.student
         self._optimizer_factory, self._scheduler_factory = training.optimizer, training.scheduler
         self._architecture, self.budget = training.architecture, training.budget
@@ -374,6 +376,7 @@ class AbstractMethod(L.LightningModule, ABC):
     def on_train_start(self) -> None:
         """Go on with the random numbers of the interrupted run; nothing between here and the first step draws any."""
         forget_interrupted_batch(self.trainer)
+        check_validations_end_steps(self.trainer)
         if self._resumed_rng is not None:
             torch.set_rng_state(self._resumed_rng["cpu"].cpu())
             if "cuda" in self._resumed_rng and self.device.type == "cuda":

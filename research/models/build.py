@@ -27,7 +27,7 @@ class DataFacts(TypedDict, total=False):
     vocab_size        tokens of the tokenizer
     eos_token_id      id of the token that ends a document, or several
     pad_token_id      id that fills rows up; may be an EOS
-    tokenizer_sha256  fingerprint of the tokenizer: stored and compared, no network is built with it
+    tokenizer_sha256  fingerprint of the tokenizer: stored, and compared where a network comes with one
     """
 
     input_shape: Sequence[int]

@@ -13,7 +13,9 @@ import torch
 
 from research.errors import CheckpointError, ConfigError
 from research.models.language import AbstractLanguageModel, enable_gradient_checkpointing, set_generation_ids
-from research.text.hub import source_of, why_unread
+from research.text.hub import holds_tokenizer, source_of, why_unread
+from research.text.tokenizer import build_tokenizer
+from research.text.tokenizer import tokenizer_sha256 as tokenizer_digest
 
 
 class PretrainedLanguageModel(AbstractLanguageModel):
@@ -32,8 +34,9 @@ class PretrainedLanguageModel(AbstractLanguageModel):
     A head that is padded wider than the tokenizer (Qwen: 151,936 rows for 151,665 ids) is cut to it, embedding and
     all, so that ids which stand for nothing hold no probability and are never drawn.
 
-    Raises CheckpointError where nothing can be loaded, where weights are missing, which would be random, or where the
-    model knows fewer tokens than the tokenizer; ConfigError where adapters are asked for and `peft` is not installed.
+    Raises CheckpointError where nothing can be loaded, where weights are missing, which would be random, where the
+    tokenizer beside them is another than the data's, or where the model knows fewer tokens than that has; ConfigError
+    where adapters are asked for and `peft` is not installed.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class PretrainedLanguageModel(AbstractLanguageModel):
         vocab_size: int,
         eos_token_id: int | Sequence[int],
         pad_token_id: int,
+        tokenizer_sha256: str | None = None,
         revision: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
         attention: Literal["sdpa", "eager"] = "sdpa",
@@ -54,6 +58,8 @@ class PretrainedLanguageModel(AbstractLanguageModel):
         lora_targets: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        if tokenizer_sha256 is not None:
+            _refuse_other_tokens(path, tokenizer_sha256)
         model = load_causal_model(path, revision=revision, dtype=dtype, attention=attention)
         config = model.config.get_text_config()
         if config.vocab_size < vocab_size:
@@ -93,6 +99,9 @@ def load_causal_model(
     logging.disable_progress_bar()
     if not path:
         raise ConfigError("model.path is not set; give the folder or hub id of a causal language model")
+    inner = Path(path) / "student"
+    if not (Path(path) / "config.json").exists() and (inner / "config.json").exists():
+        raise CheckpointError(f"{path} is a run's folder, and its network is in {inner}: give that")
     try:
         with torch.random.fork_rng(devices=[]):  # it draws initial weights before it reads the trained ones
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -118,6 +127,21 @@ def load_causal_model(
             "give the folder of a trained causal language model"
         )
     return model
+
+
+def _refuse_other_tokens(path: str, given: str) -> None:
+    """Compare the tokenizer beside a model's weights, where there is one, with the data's."""
+    if Path(path).is_dir() and not holds_tokenizer(Path(path)):
+        return
+    try:
+        own = tokenizer_digest(build_tokenizer(path))
+    except ConfigError:  # a repository without one, or nothing at all: loading the model tells
+        return
+    if own != given:
+        raise CheckpointError(
+            f"{path} comes with a tokenizer of its own ({own[:12]}..), and the data's is another ({given[:12]}..): its "
+            f"ids stand for other text. Give data.tokenizer='{path}'"
+        )
 
 
 def _set_positions(config: Any, max_positions: int) -> None:

@@ -10,6 +10,8 @@ from research.results.collect import ITEMS_FILE, RECORDS_FILE, CommittedRuns, re
 from research.results.comparison import (
     HOLDS,
     INCONCLUSIVE,
+    LEVEL,
+    TWO_SIDED,
     Comparison,
     compare,
     level_of,
@@ -128,22 +130,25 @@ def judge(
 ) -> tuple[str, str]:
     """The verdict on a comparison and its reason.
 
-    p_value  replaces the comparison's own (Holm)
+    p_value  Holm's: what holds by a p of its own, and not by this one, does not hold
     held     name of a secondary comparison -> whether it holds by itself: one that must and does not leaves this
              comparison without a verdict
     """
     if spec.only_if and held is not None and not held[spec.only_if]:
         return INCONCLUSIVE, f"it counts only where {spec.only_if} holds, and that does not"
-    return verdict_for(
+    verdict, reason = verdict_for(
         spec.kind,
         low=result.low,
         high=result.high,
-        p_value=result.p_value if p_value is None else p_value,
+        p_value=result.p_value,
         n=result.n,
         threshold=spec.threshold,
         margin=spec.margin,
         missing=len(result.missing),
     )
+    if verdict == HOLDS and p_value is not None and p_value >= LEVEL and spec.kind in (*TWO_SIDED, "best_level"):
+        return INCONCLUSIVE, "Holm p is not below .05"
+    return verdict, reason
 
 
 def _secondary(
@@ -155,7 +160,6 @@ def _secondary(
     conditions = {spec.only_if for spec in (study.comparison, *study.secondary.values())}
     for name, spec in study.secondary.items():
         verdict, reason = judge(spec, results[name], adjusted[name], held)
-        reason = reason.replace("p is not", "Holm p is not")
         head = {"verdict": verdict, "reason": reason, "metric": spec.metric, "kind": spec.kind}
         entries[name] = head | comparison_entry(results[name]) | {"p_holm": rounded(adjusted[name])}
         holm_text = f" Holm p = {adjusted[name]:.3g}." if adjusted[name] is not None else ""

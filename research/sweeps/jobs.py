@@ -22,12 +22,14 @@ from research.config import (
 )
 from research.data.traces import TraceData
 from research.errors import ConfigError, Preempted, Pruned
+from research.generation.distribution import check_sampling
 from research.loops.early_stop import EarlyStop
 from research.loops.fit import ReportProgress, StopOnInterrupt, profiler_into
 from research.loops.pruning_stop import PruningStop
 from research.loops.self_taught_plan import SelfTaughtPlan
 from research.loops.strong_to_weak import StrongToWeakPlan
 from research.loops.training import TrainingRun
+from research.records import Sampling
 from research.results.record import RunRecord
 from research.schemas import check_root
 from research.sweeps.cache_job import with_cached_signals
@@ -38,15 +40,16 @@ from research.sweeps.trial_hooks import as_trial, pruning_stop, returned_by
 log = logging.getLogger(__name__)
 
 
-def train_job(cfg: DictConfig) -> RunRecord:
-    """Fit, evaluate, record; the run folder is Hydra's output directory."""
+def train_job(cfg: DictConfig, *, resume_is_asked: bool = True) -> RunRecord:
+    """Fit, evaluate, record; the run folder is Hydra's output directory. `resume_is_asked` as of `TrainingRun`."""
     prepare_process(cfg)
     cfg = as_trial(cfg)
     job = HydraConfig.get()
-    return train_into(Path(job.runtime.output_dir), cfg, list(job.overrides.task))
+    run_dir = Path(job.runtime.output_dir)
+    return train_into(run_dir, cfg, list(job.overrides.task), resume_is_asked=resume_is_asked)
 
 
-def train_into(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> RunRecord:
+def train_into(run_dir: Path, cfg: DictConfig, overrides: list[str], *, resume_is_asked: bool = True) -> RunRecord:
     """The same in a folder of the caller's choice, its own process prepared before; `overrides` are for the record."""
     with sole_owner(run_dir):
         parts = build(with_cached_signals(cfg))
@@ -63,6 +66,7 @@ def train_into(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> RunRecor
             config=plain(cfg),
             command="distill train",
             overrides=overrides,
+            resume_is_asked=resume_is_asked,
         )
         run.loop = _loop(cfg, parts, run_dir, overrides)
         if plain(cfg.early_stopping).get("_target_"):
@@ -125,7 +129,7 @@ def train_cell(cfg: DictConfig) -> float | None:
     """A train job inside a study or sweep: a stop by a signal ends the whole launch, not this job alone."""
     check_root(cfg, "train")
     try:
-        return train_job(cfg).metrics.get(cfg.monitor)
+        return train_job(cfg, resume_is_asked=False).metrics.get(cfg.monitor)
     except Preempted as stopped:
         raise KeyboardInterrupt(str(stopped)) from stopped
 
@@ -136,11 +140,22 @@ def trial_cell(cfg: DictConfig) -> Any:
 
     try:
         check_root(cfg, "train")
-        return returned_by(train_job(cfg), cfg)
+        return returned_by(train_job(cfg, resume_is_asked=False), cfg)
     except Pruned as stopped:
         raise TrialPruned(str(stopped)) from None
     except Preempted as stopped:
         raise KeyboardInterrupt(str(stopped)) from stopped
+
+
+def _check_sampling(options: DictConfig, max_tokens: int) -> None:
+    """Refuse numbers that no answer can be drawn with."""
+    for key in ("num_samples", "val_problems", "val_samples"):
+        if options[key] < 0:
+            raise ConfigError(f"evaluation.{key} is {options[key]}; expected 0 (none) or more")
+    limit = max_tokens if options.max_new_tokens is None else options.max_new_tokens
+    drawn = Sampling(max(options.num_samples, 1), options.sampling_temperature, options.top_p, limit)
+    keys = {name: f"evaluation.{name}" for name in ("num_samples", "top_p", "max_new_tokens")}
+    check_sampling(drawn, keys | {"temperature": "evaluation.sampling_temperature"})
 
 
 def _check_evaluation(cfg: DictConfig, parts: Parts) -> None:
@@ -155,6 +170,7 @@ def _check_evaluation(cfg: DictConfig, parts: Parts) -> None:
     if isinstance(data, TraceData):
         if options.bias_classes:
             raise ConfigError("evaluation.bias_classes belongs to classification; data=traces has no classes")
+        _check_sampling(options, data.max_tokens)
         return
     wrong = [c for c in options.bias_classes if not 0 <= c < data.num_classes]
     if wrong or len(set(options.bias_classes)) not in range(data.num_classes):

@@ -44,6 +44,7 @@ def preflight_before(cfg: DictConfig, parts: Parts, run_dir: Path) -> None:
         data,
         num_problems=cfg.preflight_problems,
         device="cuda" if on_gpu else "cpu",
+        on_policy=_draws(parts.method),
     )
     write_report(run_dir / PREFLIGHT_FILE, report)
     for line in report.lines():
@@ -56,6 +57,11 @@ def preflight_before(cfg: DictConfig, parts: Parts, run_dir: Path) -> None:
 def _asks_teacher(method: AbstractMethod) -> bool:
     """Whether the loss has a term for the teacher's signal; a method that has no such weight is taken to ask."""
     return bool(getattr(method, "soft_weight", 1.0) != 0)
+
+
+def _draws(method: AbstractMethod) -> bool:
+    """Whether the student learns from its own words, in some blocks at least."""
+    return method.needs_prompts and bool(getattr(method, "on_policy_fraction", 1.0) != 0)
 
 
 def preflight_of_run(

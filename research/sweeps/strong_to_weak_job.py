@@ -1,5 +1,6 @@
 """A run of several phases from one composed config: each phase is composed, trained and recorded like any run."""
 
+import datetime as dt
 import logging
 import time
 from collections.abc import Callable
@@ -94,13 +95,13 @@ class StrongToWeakLoop:
         finished = _finished(folder)
         if finished is not None:
             if earlier and finished.started_at < earlier[-1].started_at:
-                raise CheckpointError(
-                    f"{folder} was finished before the phase that it begins with was made anew; remove it, or give "
-                    "another run folder"
-                )
+                raise _older_than_its_start(folder)
             log.info("phase %s is finished: %s", phase.name, folder)
             return finished
-        goes_on = self._cfg.ckpt_path is not None and (folder / CHECKPOINTS / LAST).exists()
+        last = folder / CHECKPOINTS / LAST
+        goes_on = self._cfg.ckpt_path is not None and last.exists()
+        if goes_on and earlier and last.stat().st_mtime < dt.datetime.fromisoformat(earlier[-1].started_at).timestamp():
+            raise _older_than_its_start(folder)
         cfg, overrides = self._composed(phase, begins, "last" if goes_on else None)
         log.info("phase %s: %s", phase.name, folder)
         return self._train(folder, cfg, overrides)
@@ -121,6 +122,13 @@ class StrongToWeakLoop:
             told = " ".join(f"{error} {error.__cause__ or ''}".split())
             raise ConfigError(f"loop.phases: {phase.name} does not compose: {told}") from None
         return cfg, overrides
+
+
+def _older_than_its_start(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} is older than the run of the phase that it begins with, which was made anew; remove it, or give "
+        "another run folder"
+    )
 
 
 def _refuse_further_processes(cfg: DictConfig) -> None:

@@ -16,7 +16,7 @@ from research.generation.base import AbstractGenerator
 from research.records import Problem, Sampling
 from research.schemas import expect_one_of
 from research.tasks.arithmetic import ChainedSums
-from research.tasks.base import AbstractTask
+from research.tasks.base import AbstractTask, problems_for
 from research.tasks.drawing import SPLITS
 from research.tasks.grading import Grader
 from research.tasks.released import RELEASED, read_released
@@ -64,7 +64,8 @@ def build_parts(cfg: DictConfig, folder: Path) -> Parts:
     codec = _codec(cfg, task, trace_format, known)
     template = _template(cfg, known, codec)
     grader = Grader(task, template, layout_of(trace_format))
-    problems = task.problems(cfg.data.split, cfg.data.num_problems, cfg.data.problem_seed)
+    asked = cfg.data
+    problems = problems_for("data.num_problems", task, asked.split, asked.num_problems, asked.problem_seed)
     options: dict[str, Any] = {"codec": codec, "corruption": corruption, "block_problems": cfg.block_problems}
     teacher: dict[str, Any] | None = None
     sampling: Sampling | None = None
@@ -172,7 +173,9 @@ def _filters(cfg: DictConfig, task: AbstractTask | None, source: AbstractSource)
             problem.text
             for split in ("val", "test")
             if split != cfg.data.split
-            for problem in task.problems(split, cfg.data.num_evaluation, cfg.data.problem_seed)
+            for problem in problems_for(
+                "data.num_evaluation", task, split, cfg.data.num_evaluation, cfg.data.problem_seed
+            )
         ]
     return build_filters(nodes, available=source.gives, evaluation_texts=texts)
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
+from research.errors import ConfigError
 from research.records import Problem, Verdict
 
 Split = Literal["train", "val", "test"]
@@ -32,6 +33,14 @@ class StepReport:
         return self.num_steps > 0 and self.first_wrong is None and not self.skipped
 
 
+class TooFewProblems(ValueError):
+    """A split holds fewer problems than were asked for; ``held`` says how many, and of a file why not more."""
+
+    def __init__(self, name: str, num: int, held: str) -> None:
+        super().__init__(f"{name}: num={num}: {held}")
+        self.held = held
+
+
 class AbstractTask(ABC):
     """Problems of one kind, and the verifier that judges answers to them. Subclasses are final.
 
@@ -54,7 +63,7 @@ class AbstractTask(ABC):
         give the official order and, without ``num``, all. A problem's split is a function of its content, or official:
         no problem stands in two splits, under any two seeds. A smaller ``num`` gives a prefix of a larger one.
 
-        Raises ValueError where the split does not hold ``num`` distinct problems.
+        Raises TooFewProblems, a ValueError, where the split does not hold ``num`` distinct problems.
         """
 
     @abstractmethod
@@ -72,3 +81,11 @@ class AbstractTask(ABC):
     def verify_steps(self, problem: Problem, chain: str) -> StepReport | None:
         """What is right and wrong in a chain, step by step; None where this task cannot check steps."""
         return None
+
+
+def problems_for(key: str, task: AbstractTask, split: Split, num: int | None, seed: int) -> list[Problem]:
+    """``task.problems``, as many as the config's ``key`` says; ConfigError, naming it, where the split holds fewer."""
+    try:
+        return task.problems(split, num, seed)
+    except TooFewProblems as error:
+        raise ConfigError(f"{key} is {num}, and of {task.name} the {error.held}") from None

@@ -11,7 +11,7 @@ from typing import get_args
 
 from research.records import Problem
 from research.seeding import seed_for
-from research.tasks.base import Split
+from research.tasks.base import Split, TooFewProblems
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 TENTHS: Mapping[Split, int] = {"train": 8, "val": 1, "test": 1}
@@ -77,10 +77,10 @@ def check_request(name: str, split: str, num: int | None, needed: bool) -> None:
 
 
 def take(problems: Problems, name: str, split: Split, num: int) -> list[Problem]:
-    """The first ``num`` problems, ``index`` rising from 0; ValueError where there are fewer."""
+    """The first ``num`` problems, ``index`` rising from 0; TooFewProblems where there are fewer."""
     taken = list(islice(problems, num))
     if len(taken) < num:
-        raise ValueError(f"{name}: num={num}: split {split!r} holds only {len(taken)} distinct problems")
+        raise TooFewProblems(name, num, f"split {split!r} holds only {len(taken)} distinct problems")
     return [
         Problem(index, problem.text, problem.answer, problem.chain, problem.level, problem.details)
         for index, problem in enumerate(taken)

@@ -11,7 +11,7 @@ from typing import Any
 
 from research.errors import ConfigError
 from research.records import Problem
-from research.tasks.base import Split
+from research.tasks.base import Split, TooFewProblems
 from research.tasks.drawing import check_request, split_of
 
 DATA_VARIABLE = "RESEARCH_DATA_DIR"
@@ -100,11 +100,14 @@ class Official:
     dropped: Mapping[str, int]
 
     def first(self, name: str, split: Split, num: int | None) -> list[Problem]:
-        """The first ``num`` problems of a split, or all; ValueError where there are fewer."""
+        """The first ``num`` problems of a split, or all; TooFewProblems where there are fewer."""
         check_request(name, split, num, needed=False)
         found = self.problems[split]
         if num is not None and num > len(found):
-            raise ValueError(f"{name}: num={num}: split {split!r} holds only {len(found)} problems")
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+            left_out = f" (of all splits, rows left out: {reasons})" if reasons else ""
+            held = f"split {split!r} holds only {len(found)} problems{left_out}; null takes all"
+            raise TooFewProblems(name, num, held)
         return list(found[:num])
 
 

@@ -15,16 +15,18 @@ from research.tasks.files import Official, split_by_text
 from research.tasks.math_verifier import MathVerifier
 from research.tasks.numbers import parse_number
 
+PROBLEM_NAMES = ("problem", "question", "prompt")
+EXPECTED = f"expected {PROBLEM_NAMES[0]} (or {', '.join(PROBLEM_NAMES[1:])}) and answer"
 UNIT = re.compile(r"(.+?)\s+\([A-Za-z][A-Za-z ]+\)")
 
 
 class FreeFormMath(AbstractTask):
     """One JSON object per line with a problem, its answer and, where there is one, a chain.
 
-    Read under the names of the word-problem sets in common use, whatever their case: ``problem`` or ``question``
-    (behind ``body``, where there is one, as in SVAMP and ASDiv); ``answer``, of which what stands before the last
-    ``####`` is the chain, as in GSM8K; ``chain`` or ``rationale``. A unit in brackets behind a number, ``9 (apples)``,
-    is no part of the answer.
+    Read under the names of the word-problem sets in common use, whatever their case: ``problem``, ``question`` or
+    ``prompt`` (behind ``body``, where there is one, as in SVAMP and ASDiv); ``answer``, of which what stands before the
+    last ``####`` is the chain, as in GSM8K; ``chain`` or ``rationale``. A unit in brackets behind a number,
+    ``9 (apples)``, is no part of the answer.
 
     8 tenths of the problems are train, 1 val, 1 test, by a hash of the text; repeated texts are left out and counted in
     ``official.dropped``. Answers may be any formula, LaTeX or plain. Steps are not checked.
@@ -64,12 +66,13 @@ class FreeFormMath(AbstractTask):
     def _problem(self, number: int, line: str) -> Problem:
         try:
             row = {name.lower(): value for name, value in json.loads(line).items() if value is not None}
-            problem, answer = row["problem"] if "problem" in row else row["question"], row["answer"]
-            chain, body = row.get("chain", row.get("rationale", "")), row.get("body", "")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"{self.path}, line {number}: {type(error).__name__}: {error}; expected problem (question) and answer"
-            ) from None
+        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{self.path}, line {number}: {type(error).__name__}: {error}; {EXPECTED}") from None
+        named = next((name for name in PROBLEM_NAMES if name in row), None)
+        if named is None or "answer" not in row:
+            raise ConfigError(f"{self.path}, line {number} has {', '.join(row) or 'nothing'}; {EXPECTED}")
+        problem, answer = row[named], row["answer"]
+        chain, body = row.get("chain", row.get("rationale", "")), row.get("body", "")
         texts = all(isinstance(text, str) for text in (problem, chain, body))
         if not texts or isinstance(answer, bool) or not isinstance(answer, str | int | float):
             raise ConfigError(f"{self.path}, line {number}: problem and chain are texts, answer a text or number")

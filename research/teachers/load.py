@@ -29,12 +29,11 @@ from research.models.weights import (
 from research.teachers.cache import CachedTeacher
 from research.teachers.ensemble import EnsembleTeacher
 from research.teachers.frozen import FrozenTeacher, LoadedNetwork
-from research.text.hub import hub_folder
+from research.text.hub import TOKENIZER_FILES, holds_tokenizer, hub_folder
 
 NETWORK_FOLDER = "student"
 CHECKPOINT_SUFFIXES = (".ckpt",)
 BESIDE_UPDATES = ("rollout", "prompt_prefill", "teacher_scoring")  # what training costs beside the student's updates
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 UNROUNDED = ("float32", "auto")
 PRETRAINED = "research.models.pretrained_language.PretrainedLanguageModel"
@@ -218,7 +217,7 @@ def _refuse_other_tokens(path: Path, given: str | None) -> None:
         return
     from research.text.tokenizer import build_tokenizer, tokenizer_sha256
 
-    if not any((path / name).exists() for name in TOKENIZER_FILES):
+    if not holds_tokenizer(path):
         raise CheckpointError(
             f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES)}), so nothing says that its ids mean what the "
             "data's mean; save the teacher's tokenizer into the folder"

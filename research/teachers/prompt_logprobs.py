@@ -192,7 +192,7 @@ def _checked(row: list[Entry], following: int, place: int, num_asked: int) -> li
     if any(not -math.inf <= logprob <= ROUNDING for _, logprob in row):
         raise Malformed(f"values {where} that are no natural logs of probabilities: {row[:3]}", "logprobs")
     mass = math.fsum(math.exp(logprob) for _, logprob in row)
-    if mass > 1 + ROUNDING:
+    if not 0 < mass <= 1 + ROUNDING:
         raise Malformed(f"probabilities {where} that add up to {mass:.4g}", "logprobs")
     return row
 
@@ -232,6 +232,8 @@ def _of_token(row: Any, token: int) -> str | None:
 
 def _triple(given: Any) -> tuple[float, int, str | None]:
     match given:
+        case [_, int(token), *_] if token < 0 or isinstance(token, bool):
+            pass
         case [logprob, int(token)]:
             return _logprob(logprob), token, None
         case [logprob, int(token), text]:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 SECONDS = 10.0
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+TOKENIZER_FILES = (  # what a tokenizer is read from; any of them will do
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # no code, no pickles
 
 
@@ -33,6 +36,11 @@ def hub_folder(name: str) -> Path | None:
         return Path(snapshot_download(name, allow_patterns=list(FILES), local_files_only=not hub_answers()))
     except (OSError, ValueError):
         return None
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether one of TOKENIZER_FILES lies in a folder."""
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
 def hub_answers() -> bool:

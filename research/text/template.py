@@ -39,6 +39,10 @@ class AbstractTemplate(ABC):
     def completion(self, chain: str, answer: str, layout: str) -> str:
         """What follows the prompt, without EOS; ``layout`` is one of LAYOUTS."""
 
+    def marks(self, layout: str) -> tuple[str, ...]:
+        """What chain and answer may not hold, since reading goes by it; none where the template cannot tell."""
+        return ()
+
     @abstractmethod
     def parse(self, text: str, layout: str) -> Parsed:
         """The inverse of :meth:`completion`, for text that a model wrote, which may hold anything."""

@@ -47,6 +47,9 @@ class Plain(AbstractTemplate):
             return f"{chain}#{answer}"
         return f"#{answer}:{chain}" if layout == "answer_then_chain" else f"#{answer}"
 
+    def marks(self, layout: str) -> tuple[str, ...]:
+        return "=", *{"chain_then_answer": "#", "answer_then_chain": ":"}.get(layout, "")
+
     def parse(self, text: str, layout: str) -> Parsed:
         _check_layout(layout)
         before, mark, after = text.partition("#")
@@ -78,6 +81,9 @@ class Alpaca(AbstractTemplate):
         if layout == "chain_then_answer":
             return f"{chain}\n\nAnswer: {answer}"
         return f"Answer: {answer}\n\n{chain}" if layout == "answer_then_chain" else f"Answer: {answer}"
+
+    def marks(self, layout: str) -> tuple[str, ...]:
+        return *(["Answer:"] if layout == "chain_then_answer" else []), INSTRUCTION.rstrip()
 
     def parse(self, text: str, layout: str) -> Parsed:
         _check_layout(layout)
@@ -115,6 +121,9 @@ class Think(AbstractTemplate):
 
     def completion(self, chain: str, answer: str, layout: str) -> str:
         return _with_tags(chain, answer, layout)
+
+    def marks(self, layout: str) -> tuple[str, ...]:
+        return *_tags(layout), INSTRUCTION.rstrip()
 
     def parse(self, text: str, layout: str) -> Parsed:
         read = _read_tags(text, layout)
@@ -179,6 +188,9 @@ class Chat(AbstractTemplate):
     def completion(self, chain: str, answer: str, layout: str) -> str:
         turn = self.check(layout)
         return turn.lead + _with_tags(chain, answer, layout).removeprefix(turn.given) + turn.tail
+
+    def marks(self, layout: str) -> tuple[str, ...]:
+        return _tags(layout)
 
     def parse(self, text: str, layout: str) -> Parsed:
         return _read_tags(self.check(layout).given + text, layout)
@@ -255,6 +267,11 @@ def _with_tags(chain: str, answer: str, layout: str) -> str:
     if layout == "answer_then_chain":
         return f"{answer}\n\n{THINK}\n{chain}\n{END_THINK}"
     return f"{THINK}\n{chain if layout == 'chain_then_answer' else ''}\n{END_THINK}\n\n{answer}"
+
+
+def _tags(layout: str) -> tuple[str, ...]:
+    """The tags that reading goes by: in the answer that comes first, the opening one alone."""
+    return (THINK,) if layout == "answer_then_chain" else (THINK, END_THINK)
 
 
 def _read_tags(text: str, layout: str) -> Parsed:

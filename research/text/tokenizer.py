@@ -3,14 +3,16 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from research.errors import ConfigError
-from research.text.hub import source_of, why_unread
+from research.text.hub import TOKENIZER_FILES, holds_tokenizer, source_of, why_unread
 
 PAD, EOS = "<pad>", "<eos>"
+GENERAL_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")  # of no model in particular
 FILLER = "."  # what trace_format=filler_then_answer writes in the place of a chain
 NUM_BYTES = 256
 
@@ -96,9 +98,29 @@ def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
+def _is_general(folder: Path) -> bool:
+    """Whether tokenizer.json is all there is to a folder's tokenizer, as of every tokenizer that is made here.
+
+    By the folder's config.json AutoTokenizer would take it for a model's own all the same: what lies beside a Qwen2 is
+    read with Qwen2's rules and one token more.
+    """
+    path = folder / "tokenizer_config.json"
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return told.get("tokenizer_class") in GENERAL_CLASSES and (folder / "tokenizer.json").is_file()
+
+
 def _pretrained(name: str) -> PreTrainedTokenizerFast:
+    if Path(name).is_dir() and not holds_tokenizer(Path(name)):
+        below = [folder.name for folder in sorted(Path(name).iterdir()) if folder.is_dir() and holds_tokenizer(folder)]
+        advice = f"give {Path(name) / below[0]}" if below else "save one into it with tokenizer.save_pretrained(folder)"
+        raise ConfigError(
+            f"tokenizer={name!r} is a folder that holds no tokenizer, none of {', '.join(TOKENIZER_FILES)}; {advice}, "
+            "or give another folder, a hub id, characters or bpe"
+        )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source_of(name), trust_remote_code=False)
+        source = source_of(name)
+        reader = PreTrainedTokenizerFast if _is_general(Path(source)) else AutoTokenizer
+        tokenizer = reader.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # of a dozen kinds: no such folder, no such repository, no network, remote code, ...
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(

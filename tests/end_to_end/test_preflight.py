@@ -50,20 +50,24 @@ def test_a_run_writes_its_preflight_and_is_the_same_without_it(distill: Distill,
     report = json.loads((tmp_path / "warn" / "preflight.json").read_text())
     levels = {finding["name"]: finding["level"] for finding in report["findings"]}
     assert levels["tokens"] == levels["vocabulary"] == levels["eos"] == levels["template"] == "ok"
-    assert report["level"] == "warning" and levels["overlap"] == "warning", "a student that has learnt nothing yet"
+    assert report["level"] == levels["overlap"] == "ok", "it is about to learn from traces"
     assert report["seconds"] < 30 and report["figures"]["accuracy_student"] == 0.0
     log = (tmp_path / "warn" / "train.log").read_text() if (tmp_path / "warn" / "train.log").exists() else ""
     log = log or next((tmp_path / "warn").glob("*.log")).read_text()
-    assert "preflight: warning  overlap" in log and "preflight: ok       tokens" in log
+    assert "preflight: ok       overlap" in log and "preflight: ok       tokens" in log
 
 
 def test_warnings_are_refusals_where_that_is_asked_for(distill: Distill, teacher: Path, tmp_path: Path) -> None:
-    done = distill("train", *distilled(teacher), "preflight=refuse", "hydra.run.dir=run", cwd=tmp_path)
+    own_words = (*SMALL, *ON_POLICY, "teacher=frozen", f"teacher.path='{teacher}'")
+    stored_alone = ("method.on_policy_fraction=0", "method.hard_weight=1", "data.num_stored=8")
+    done = distill("train", *own_words, *stored_alone, "preflight=refuse", "hydra.run.dir=stored", cwd=tmp_path)
+    assert done.code == 0 and (tmp_path / "stored" / "preflight.json").exists(), done.err
+    done = distill("train", *own_words, "preflight=refuse", "hydra.run.dir=run", cwd=tmp_path)
     assert done.code == 1 and "the preflight refuses the run" in done.err and "overlap: on its own answers" in done.err
     assert (tmp_path / "run" / "preflight.json").exists() and not (tmp_path / "run" / "student").exists()
     (tmp_path / "run" / "preflight.json").unlink()
     again = ("preflight=refuse", "ckpt_path=last", "hydra.run.dir=run")
-    done = distill("train", *distilled(teacher), *again, cwd=tmp_path)
+    done = distill("train", *own_words, *again, cwd=tmp_path)
     assert done.code == 1 and "the preflight refuses the run" in done.err, "there is no checkpoint to go on from"
     assert (tmp_path / "run" / "preflight.json").exists() and not (tmp_path / "run" / "checkpoints").exists()
     done = distill("train", *distilled(teacher), "preflight=of", "hydra.run.dir=other", cwd=tmp_path)

@@ -44,6 +44,7 @@ def test_a_pruned_sweep_of_real_runs_and_its_best_file(
     steps = [int(row["last_step"]) for row in rows]
     assert steps[1] < steps[0], "a pruned run is shorter"
     assert not (folder / "0" / "checkpoints").exists(), "nothing is gone on from a finished trial"
+    assert "begins at step 0" not in done.err + (folder / "0" / "train.log").read_text(), "nobody asked for one"
 
     again = distill("train", f"experiment={folder}/best.yaml", *tiny[1:2], "hydra.run.dir=again", cwd=tmp_path)
     assert again.code == 0, again.err

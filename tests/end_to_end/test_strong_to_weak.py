@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,21 @@ def test_a_finished_phase_is_not_repeated(whole: Path, distill: Callable[..., An
     error = distill("train", *other, "ckpt_path=last", "hydra.run.dir=run", cwd=whole.parent).error
     assert "holds a finished phase of another run (trainer.max_steps=12 then, trainer.max_steps=13 now)" in error
     assert read_record(whole / "run.json").metrics == metrics, "what is refused leaves everything as it was"
+
+
+def test_a_phase_that_was_cut_does_not_go_on_from_another_start(
+    whole: Path, distill: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The second was killed, and the first is made anew: what the second had begun belongs to the old one."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "phases" / FOLDERS[0])
+    for folder in (run, run / "phases" / FOLDERS[1]):
+        (folder / "run.json").unlink()
+    last = run / "phases" / FOLDERS[1] / "checkpoints" / "last.ckpt"
+    os.utime(last, (last.stat().st_mtime - 60,) * 2)
+    error = distill("train", *RUN, "ckpt_path=last", "hydra.run.dir=run", cwd=tmp_path).error
+    assert f"{FOLDERS[1]} is older than the run of the phase that it begins with" in error and "remove it" in error
 
 
 def test_every_phase_takes_the_best_of_its_own_weights(distill: Callable[..., Any], tmp_path: Path) -> None:

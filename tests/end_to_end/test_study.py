@@ -81,6 +81,8 @@ def finished(distill: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
     place = Place(tmp_path_factory.mktemp("finished") / "project")
     done = distill("study", "experiments/tiny", cwd=place.root)
     assert done.code == 0, done.err
+    logs = [path.read_text() for path in place.root.glob("outputs/**/train.log")]
+    assert len(logs) == len(CELLS) + 1 and "begins at step 0" not in "".join(logs), "nobody asked for a checkpoint"
     return place.root
 
 
@@ -101,7 +103,7 @@ def test_a_study_ends_in_a_verdict(finished: Path) -> None:
 def test_the_report_is_rebuilt_byte_for_byte_from_the_study_folder_alone(
     finished: Path, distill: Callable[..., Any], tmp_path: Path
 ) -> None:
-    moved = tmp_path / "elsewhere" / "tiny"
+    moved = tmp_path / "experiments" / "tiny"
     shutil.copytree(finished / "experiments" / "tiny", moved)
     before = {path.name: path.read_bytes() for path in moved.iterdir()}
     for name in ("results.csv", "verdict.json", "figure.svg", "figure.png"):

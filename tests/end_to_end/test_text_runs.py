@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,19 @@ def test_evaluate_poses_longer_problems(run: Path, distill: Distill, tmp_path: P
         in distill("evaluate", str(run), "+data.task=sum5", cwd=tmp_path).error
     )
     assert "nearest valid: task.num_terms" in distill("evaluate", str(run), "+data.task.num_term=4", cwd=tmp_path).error
+
+
+def test_what_is_omitted_for_one_reason_is_one_line_before_the_scores(distill: Distill, tmp_path: Path) -> None:
+    done = distill("train", *SMOKE, "data.trace_format=answer_only", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    done = distill("evaluate", "run", cwd=tmp_path)
+    omitted = json.loads((tmp_path / "run" / "evaluation_test.json").read_text())["omitted"]
+    assert done.code == 0 and len(omitted) > len(set(omitted.values())) >= 1, done.err
+    first, last = done.out.splitlines()[: len(set(omitted.values()))], done.out.splitlines()[-1]
+    assert all(line.startswith("omitted (") for line in first) and done.out.count("omitted (") == len(first)
+    assert first[0].startswith("omitted (the layout answer_only writes no chain): test/") and ", test/" in first[0]
+    assert sorted(", ".join(line.rpartition("): ")[2] for line in first).split(", ")) == sorted(omitted)
+    assert last.startswith("written: ")
 
 
 def test_a_run_is_scored_again_without_the_store_that_its_tokenizer_was_trained_on(
@@ -294,6 +308,32 @@ def test_p81_a_killed_run_goes_on_to_the_weights_of_one_that_was_not(distill: Di
     assert records[0].metrics == records[1].metrics
     spent = [record.ledger["student_update"] for record in records]
     assert spent[0]["tokens"] == spent[1]["tokens"] and spent[0]["flops"] == spent[1]["flops"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(("trainer.max_epochs=2",), id="epochs"),
+        pytest.param(("trainer.max_steps=13", "trainer.check_val_every_n_epoch=1"), id="a validation before the end"),
+        pytest.param(("budget.tokens=2000", "trainer.max_epochs=-1"), id="budget"),
+        pytest.param(("early_stopping=threshold", "early_stopping.threshold=9"), id="early"),
+    ],
+)
+def test_p81_a_run_killed_while_it_is_scored_leaves_the_same_record(
+    flags: tuple[str, ...], distill: Distill, tmp_path: Path
+) -> None:
+    """It has its last checkpoint and no record; gone on with, it takes no step, and so validates nothing again."""
+    command = ("train", *SMALL, *flags, "data.num_train=200", "evaluation.val_problems=6", "hydra.run.dir=run")
+    run, records = tmp_path / "run", []
+    for more in ((), ("ckpt_path=last",)):
+        done = distill(*command, *more, cwd=tmp_path)
+        assert done.code == 0, done.err
+        records.append(read_record(run / "run.json"))
+        (run / "run.json").unlink()
+        shutil.rmtree(run / "student")
+    assert {"val/nll", "val/accuracy", "val/nll_best", "test/errors"} <= records[0].metrics.keys()
+    assert records[1].metrics == records[0].metrics and records[1].reason == records[0].reason
+    assert records[1].student == records[0].student
 
 
 def step_of(folder: Path) -> int:

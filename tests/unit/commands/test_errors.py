@@ -9,6 +9,7 @@ import pytest
 
 import research.errors as errors
 
+FEW = "data.num_train=8 data.num_val=2 data.num_test=2"
 # command line -> parts that its one line of error must hold; exit code 2: the config does not compose
 NOT_COMPOSED: dict[str, tuple[str, ...]] = {
     "trian": ("no command 'trian'", "nearest valid: distill train", "cache, traces, evaluate, convert, study, report"),
@@ -39,6 +40,12 @@ NOT_COMPOSED: dict[str, tuple[str, ...]] = {
     "train debug=slow": ("no debug 'slow'", "fast, overfit, profile"),
     "train hydra/launcher=submitit": ("no hydra/launcher 'submitit'", "basic"),
     "train model=mlp": ("'model' is no group", "model@student"),
+    "train student=pretrained_lm student.path=x": (
+        "student is 'pretrained_lm', expected a model; write model@student=pretrained_lm",
+    ),
+    "train reference.path=x reference=frozen": (
+        "reference is 'frozen', expected a teacher; write teacher@reference=frozen",
+    ),
     "train teacher@nope=frozen": ("'teacher@nope' is no group", "teacher@reference"),
     "cache experiment=mnist_hard": ("'experiment' is no group of `distill cache`", "--help"),
     "train data=null": ("data is 'null'", "choose one", "digits, mnist, prompts, spoken_digits"),
@@ -73,6 +80,9 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "train +evaluation.variants.x.foo=3": ("unknown key data.foo",),
     "train ~seed": ("the key seed was deleted",),
     "train ~student.hidden": ("student.hidden is not set",),
+    "train student=pretrained_lm": ("student is 'pretrained_lm', expected a model; write model@student=pretrained_lm",),
+    "train reference=outputs/teacher": ("reference is 'outputs/teacher'", "write teacher@reference=NAME"),
+    "train teacher_template=think": ("expected a template; write template@teacher_template=think",),
     "train student.hidden=3": ("student.hidden is 3 (int); expected a list of int",),
     "train student.hidden=[]": ("hidden is []",),
     "train student.dropout=2": ("dropout is 2", "[0, 1)"),
@@ -88,6 +98,15 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "train trainer.accelerator=foo": ("accelerator='foo'", "cpu"),
     "train trainer.precision=16-bit": ("trainer.precision is '16-bit'", "bf16-mixed"),
     "train trainer.max_steps=-5": ("max_steps", "-5"),
+    "train trainer.val_check_interval=0": ("trainer.val_check_interval is 0", "trainer.limit_val_batches=0"),
+    "train trainer.check_val_every_n_epoch=0": ("trainer.check_val_every_n_epoch is 0", "limit_val_batches=0"),
+    "train trainer.accumulate_grad_batches=0": ("trainer.accumulate_grad_batches is 0; expected at least 1",),
+    "train trainer.gradient_clip_val=-1": ("trainer.gradient_clip_val is -1; expected 0 or more",),
+    f"train experiment=sum8_trace {FEW} evaluation.num_samples=-1": ("evaluation.num_samples is -1; expected 0",),
+    f"train experiment=sum8_trace {FEW} evaluation.sampling_temperature=-1": (
+        "evaluation.sampling_temperature is -1.0; expected 0 (greedy) or a positive number",
+    ),
+    f"train experiment=sum8_trace {FEW} evaluation.max_new_tokens=0": ("evaluation.max_new_tokens is 0; expected at",),
     "train threads=0": ("threads is 0; expected at least 1",),
     "train name=a/b": ("a/b",),
     "train monitor=val/erors": ("monitor is 'val/erors'", "val/errors"),
@@ -118,6 +137,10 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "train logger.api_key=hunter2": ("logger.api_key is a secret", "environment"),
     "cache": ("teacher.path is not set",),
     "cache teacher=none": ("needs a teacher", "teacher=frozen"),
+    "traces source=reference task=lookup template=plain data.num_problems=100000": (
+        "data.num_problems is 100000, and of lookup",
+        "the split 'train' holds only",
+    ),
     "cache split=dev": ("split is 'dev'", "train, val, test"),
     "cache shard_rows=0": ("shard_rows is 0",),
     "evaluate": ("run is not set", "distill evaluate run="),

@@ -1,6 +1,7 @@
 """The front door: help that teaches, names for folders, masked printing, and the process left as it was found."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,33 @@ def test_p116_printing_masks_what_the_environment_resolves_to(
     for flags in (["--cfg", "job", "--resolve"], ["--cfg", "all"], ["-c", "job", "--resolve"], ["--info", "config"]):
         done = distill("train", *flags, "+logger.api_key=${oc.env:SOME_KEY}", cwd=tmp_path)
         assert done.code == 0 and "hunter2" not in done.out + done.err
+
+
+@pytest.mark.parametrize("line", ["--help", "--version", "train --help", "train --cfg job"])
+def test_a_reader_that_has_gone_ends_it_quietly(line: str, tmp_path: Path) -> None:
+    program = "from research.commands.main import main; main()"
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as out:
+        done = subprocess.run(
+            [sys.executable, "-c", program, *line.split()],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            cwd=tmp_path,
+            timeout=120,
+        )
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_told(
+    distill: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(cfg: Any) -> None:
+        raise BrokenPipeError("a worker has gone")
+
+    monkeypatch.setattr("research.commands.train.task", broken)
+    done = distill("train", cwd=tmp_path)
+    assert done.code == 1 and done.error == "a worker has gone"
 
 
 def test_wrong_flags_show_the_right_ones(distill: Callable[..., Any], tmp_path: Path) -> None:

@@ -612,3 +612,43 @@ def test_a_cut_prompt_keeps_its_end_in_training_and_when_it_is_posed() -> None:
 
 def test_a_further_token_may_end_what_is_written() -> None:
     assert make(extra_eos=["7"]).codec.eos_ids == (*make().codec.eos_ids, make().codec.tokenizer.get_vocab()["7"])
+
+
+REASONS: list[tuple[Trace, dict[str, Any], str]] = [
+    (
+        Trace("1+1", "1+1=2", "2", 0),
+        {},
+        "unreadable: the texts hold marks of the template Plain (= #); give template=th",
+    ),
+    (Trace("1+1", "2", "2", 0), {"max_tokens": 5}, "too_long: raise data.max_tokens, now 5"),
+    (Trace("1+1", "", "2", 0), {}, "empty_chain: give data.trace_format=answer_only"),
+    (Trace("1+1", "", "2", 0), {"modes": "two"}, "empty_chain: data.modes=two needs a chain in each"),
+    (Trace("1+1", "2", " ", 0), {}, "missing_answer: give traces with an answer each"),
+    (Trace("x+1", "2", "2", 0), {}, "unknown_character: data.tokenizer has no token for a part of the texts; give bpe"),
+    (Trace("1+1", "2<eos>", "2", 0), {}, "control_token: the texts spell a special token of the tokenizer; remove it"),
+]
+
+
+@pytest.mark.parametrize(("trace", "changes", "told"), REASONS, ids=[told.partition(":")[0] for _, _, told in REASONS])
+def test_what_left_nothing_to_train_on_says_what_to_do(trace: Trace, changes: dict[str, Any], told: str) -> None:
+    data = make(**changes).with_traces([trace], seed=0)
+    reason = told.partition(":")[0]
+    with pytest.raises(DataError) as refused:
+        data.setup()
+    assert str(refused.value).startswith(f"none of 1 traces can be encoded as chain_then_answer: 1 {reason}. {told}")
+
+
+def test_rows_of_a_file_that_are_no_traces_are_listed(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "traces.jsonl", [replace(references(1)[0], chain="1=2")])
+    path.write_text(path.read_text() + "{}\n")
+    with pytest.raises(
+        DataError, match=r"1 unreadable, 1 quarantine_no_problem\. unreadable: .*in quarantine\.jsonl of"
+    ):
+        make(store=str(path)).setup()
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_split_of_too_few_problems_names_its_key(split: Split) -> None:
+    data = make(ChainedSums(num_terms=2, highest=1), **{f"num_{split}": 10_000})
+    with pytest.raises(ConfigError, match=rf"data\.num_{split} is 10000, and of .* the split '{split}' holds only"):
+        data.problems(split)

@@ -97,6 +97,12 @@ def test_a_teacher_that_fits_and_knows_more(data: TraceData, teacher_run: Path) 
         "gain": "ok", "stopping": "ok",
     }  # fmt: skip
     assert report.level == "warning" and report.of_level("warning")[0].name == "overlap"
+    assert "train on its traces first" in found(report)["overlap"][1]
+    learning = preflight(
+        make_network(data), frozen(str(teacher_run), **data.facts()), data, num_problems=24, on_policy=False
+    )
+    level, told = found(learning)["overlap"]
+    assert (learning.level, level) == ("ok", "ok") and "on-policy" not in told and learning.figures == report.figures
     figures = report.figures
     assert figures["accuracy_student"] == 0.0 and figures["accuracy_teacher"] > 0.2
     assert figures["reference/teacher_nll"] < 0.5 < 2.0 < figures["reference/student_nll"]

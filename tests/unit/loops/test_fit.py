@@ -302,6 +302,8 @@ def test_p87_last_is_this_folder_s_own_checkpoint(tmp_path: Path, caplog: pytest
     with caplog.at_level(logging.WARNING):
         assert resume_path("last", tmp_path) is None
     assert "begins at step 0" in caplog.text and "last.ckpt" in caplog.text  # said, not silent
+    caplog.clear()
+    assert resume_path("last", tmp_path, is_asked=False) is None and caplog.text == "", "of a study or sweep"
     (tmp_path / "checkpoints").mkdir()
     last = tmp_path / "checkpoints" / "last.ckpt"
     last.touch()

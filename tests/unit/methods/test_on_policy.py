@@ -315,7 +315,7 @@ def test_bad_options_are_refused_before_the_first_step(words: Any, options: dict
 
 def test_it_needs_a_teacher_and_prompts(words: Any) -> None:
     data, rows = words.make_data(), words.make_data(num_prompts=0, batch_size=8)
-    with pytest.raises(ConfigError, match="needs a teacher"):
+    with pytest.raises(ConfigError, match="needs a teacher; choose one with teacher=frozen or teacher=served"):
         words.OnPolicy(words.make_training(data))
     with pytest.raises(ConfigError, match=r"these data hold no prompts, give data=prompts"):
         words.fit(words.make_on_policy(rows), rows)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from research.data.digits import Digits
+from research.errors import ConfigError
 from research.loops.fit import FitOutcome, KeepLast, StopOnInterrupt, checkpoint_callbacks, fit
 from research.methods.soft_target import SoftTarget
 from research.records import ClassBatch
@@ -252,6 +253,22 @@ def test_p81_validations_within_an_epoch_come_where_they_came(
     seen += fitted(resumed, tmp_path / "cut", 99)
     assert torch.equal(kit.flat(resumed.student), uninterrupted(1)) and resumed.rows_seen == ROWS
     assert seen == whole == ([3, 6, 9] if "check_val_every_n_epoch" in interval else [2, 4, 7, 9])
+
+
+def test_a_validation_within_an_optimizer_step_is_refused(kit: SimpleNamespace) -> None:
+    """It would come twice where the run is stopped there, and what counts validations would count one too many."""
+
+    def fitted(**options: Any) -> None:
+        trainer = kit.make_trainer(max_epochs=1, accumulate_grad_batches=5, limit_train_batches=5, **options)
+        trainer.fit(make(kit), datamodule=make_data())
+
+    with pytest.raises(ConfigError, match=r"validates every 3 batches, within an optimizer step of .*=5: give a"):
+        fitted(val_check_interval=3)
+    with pytest.raises(ConfigError, match="validates every 2 batches"):
+        fitted(val_check_interval=0.4)
+    fitted(val_check_interval=1.0)
+    fitted(val_check_interval=3, limit_val_batches=0)
+    fitted(val_check_interval=10, check_val_every_n_epoch=None)
 
 
 KILLED = f"""

@@ -24,6 +24,7 @@ from research.models.weights import (
     save_network,
     weights_sha256,
 )
+from research.text.tokenizer import build_tokenizer, tokenizer_sha256
 
 FACTS: dict[str, Any] = {"vocab_size": 23, "eos_token_id": 1, "pad_token_id": 0}
 IDS = torch.tensor([[3, 9, 22, 0, 5, 1]])
@@ -81,6 +82,28 @@ def test_a_model_of_fewer_tokens_than_the_tokenizer_is_refused(tmp_path: Path) -
     saved_model(tmp_path)
     with pytest.raises(CheckpointError, match="knows 23 tokens, the tokenizer has 24"):
         PretrainedLanguageModel(str(tmp_path), **{**FACTS, "vocab_size": 24})
+
+
+def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
+    """As many ids of another meaning would train without a word; a folder without a tokenizer is taken as it is."""
+    model = saved_model(tmp_path / "model")
+    own, other = (build_tokenizer("characters", alphabet=letters) for letters in ("abcdef", "abcdeg"))
+    sha256 = [tokenizer_sha256(tokenizer) for tokenizer in (own, other)]
+    assert sha256[0] != sha256[1] and len(own) == len(other)
+    for given in sha256:
+        PretrainedLanguageModel(str(tmp_path / "model"), **FACTS, tokenizer_sha256=given)
+    own.save_pretrained(tmp_path / "model")
+    facts = FACTS | {"tokenizer_sha256": sha256[0]}
+    network = build_network({"_target_": TARGET, "path": str(tmp_path / "model")}, **facts)
+    assert torch.equal(logits_of(network.eval()), model(IDS).logits)
+    with pytest.raises(CheckpointError, match=rf"of its own \({sha256[0][:12]}.*{sha256[1][:12]}.*Give data"):
+        build_network({"_target_": TARGET, "path": str(tmp_path / "model")}, **facts | {"tokenizer_sha256": sha256[1]})
+
+
+def test_a_run_s_folder_is_told_where_its_network_is(tmp_path: Path) -> None:
+    saved_model(tmp_path / "run" / "student")
+    with pytest.raises(CheckpointError, match=r"run's folder, and its network is in .*run/student: give that"):
+        PretrainedLanguageModel(str(tmp_path / "run"), **FACTS)
 
 
 def test_p28_a_folder_without_all_weights_is_refused(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from research.results.collect import ITEMS_FILE, RECORDS_FILE, collect, portable, read_committed
+from research.results.comparison import Comparison
+from research.results.comparison_spec import ComparisonSpec, OperandSpec
 from research.results.fields import StudyError
 from research.results.items import read_study_items
 from research.results.readme import BEGIN, END, with_results
-from research.results.report import VERDICT_KEYS, build_report, revision_of, study_command
+from research.results.report import VERDICT_KEYS, build_report, judge, revision_of, study_command
 from research.results.study import cells
 from research.results.study_file import read_study
 
@@ -188,6 +190,20 @@ def test_secondary_differences_are_judged_by_their_holm_p(workshop, study_text: 
         assert (entry["p_value"], entry["p_holm"]) == (0.03125, 0.0625)
         assert (entry["verdict"], entry["reason"]) == ("INCONCLUSIVE", "Holm p is not below .05")
     assert verdict["secondary"]["gap_closed"]["p_holm"] == pytest.approx(3 / 64)
+
+
+@pytest.mark.parametrize(
+    ("share", "holm", "verdict"),
+    [(0.01, 0.02, "HOLDS"), (0.03, 0.06, "INCONCLUSIVE"), (0.5, 1.0, "INCONCLUSIVE"), (0.97, 1.0, "FAILS")],
+)
+def test_a_correction_takes_from_what_holds_and_adds_nothing_to_what_fails(
+    share: float, holm: float, verdict: str
+) -> None:
+    """Of an order, p is the share of resamples that contradict it: half of them refute nothing, however corrected."""
+    operands = (("arm", OperandSpec("soft")),)
+    spec = ComparisonSpec("best_level", "test/errors", True, operands, factor="temperature", group="width")
+    found = Comparison(3.0, 1.0, 5.0, share, "share of seed bootstraps", 5, None, "temperature", ())
+    assert judge(spec, found, holm)[0] == verdict
 
 
 def test_results_of_a_preset_stay_apart(workshop) -> None:

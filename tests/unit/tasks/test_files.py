@@ -8,6 +8,7 @@ import pytest
 
 from research.errors import ConfigError
 from research.records import Problem
+from research.tasks.base import TooFewProblems
 from research.tasks.commonsense import CommonsenseQa
 from research.tasks.drawing import split_of
 from research.tasks.files import read_rows, split_by_text, with_hold_out
@@ -67,3 +68,18 @@ def test_repeated_texts_are_left_out_and_counted() -> None:
         sum(split_of(text) == name for text in [*texts, "seen in test"]) for name in ("train", "val", "test")
     ]
     assert sum(split.dropped.values()) == 1
+
+
+def test_a_split_that_holds_too_few_says_what_was_left_out() -> None:
+    problems = [Problem(0, f"question {number % 100}", "1") for number in range(103)]
+    official = split_by_text(problems)
+    held = len(official.problems["val"])
+    reasons = ", ".join(f"{count} {reason}" for reason, count in official.dropped.items())
+    with pytest.raises(TooFewProblems) as told:
+        official.first("mine", "val", 50)
+    assert str(told.value) == f"mine: num=50: {told.value.held}"
+    assert told.value.held == (
+        f"split 'val' holds only {held} problems (of all splits, rows left out: {reasons}); null takes all"
+    )
+    with pytest.raises(TooFewProblems, match=r"holds only \d+ problems; null takes all"):
+        split_by_text(problems[:100]).first("mine", "val", 50)

@@ -195,6 +195,8 @@ def test_a_row_that_is_none_is_named(tmp_path: Path, line: str) -> None:
         ({"question": "q", "answer": "4 + 4 = <<4+4=8>>8\n#### 8"}, ("q", "4 + 4 = <<4+4=8>>8", "8")),  # GSM8K
         ({"Body": "b ", "Question": " q", "Equation": "( 7.0 + 2.0 )", "Answer": 9.0}, ("b\nq", "", "9.0")),  # SVAMP
         ({"body": "b", "question": "q", "answer": "9 (red apples)", "formula": "7+2=9"}, ("b\nq", "", "9")),  # ASDiv
+        ({"Prompt": "p", "rationale": "c", "answer": "1"}, ("p", "c", "1")),
+        ({"prompt": "no", "question": "q", "answer": "1"}, ("q", "", "1")),
         ({"problem": "p", "question": None, "rationale": "c", "answer": "f (xy)"}, ("p", "c", "f (xy)")),
         ({"problem": "two\u2028lines", "answer": "1"}, ("two\u2028lines", "", "1")),
     ],
@@ -211,7 +213,9 @@ def test_word_problems_as_they_are_published(
 def test_what_is_no_problem_is_named_by_its_line(tmp_path: Path) -> None:
     path = tmp_path / "problems.jsonl"
     for row, told in (('{"problem": "p", "answer": true}', "line 2: problem and chain are texts"),
-                      ('{"Question": "p"}', "line 2: KeyError: 'answer'; expected problem"),
+                      ('{"Question": "p"}', r"line 2 has question; expected problem \(or question, prompt\) and"),
+                      ('{"task": "p", "answer": 1}', "line 2 has task, answer; expected problem"),
+                      ("{}", "line 2 has nothing; expected problem"),
                       ("[1]", "line 2: AttributeError")):  # fmt: skip
         path.write_text('{"problem": "p", "answer": 1}\n' + row)
         with pytest.raises(ConfigError, match=told):

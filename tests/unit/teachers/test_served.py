@@ -343,6 +343,10 @@ FAULTS: dict[str, tuple[Callable[..., None], str]] = {
     "not numbers": (changed(lambda rows: with_first(rows, lambda row: {k: {"logprob": "x"} for k in row})), "logprobs"),
     "nan": (changed(lambda rows: with_first(rows, lambda row: {k: {"logprob": math.nan} for k in row})), "logprobs"),
     "logits": (changed(lambda rows: with_first(rows, lambda row: {k: {"logprob": 3.0} for k in row})), "logprobs"),
+    "no mass": (
+        changed(lambda rows: with_first(rows, lambda row: {k: {"logprob": -9999.0} for k in row})),
+        "logprobs",
+    ),
     "too much mass": (
         changed(lambda rows: with_first(rows, lambda row: {k: {"logprob": -1.0} for k in row})),
         "logprobs",
@@ -370,6 +374,7 @@ def test_p63_p27_a_wrong_answer_is_asked_for_again_and_never_used(
         ("one place too few", "prompt_logprobs of length 4 for 5 tokens"),
         ("shifted by one", r"do not hold the token \d that follows it: they are not aligned"),
         ("fewer entries", "3 logprobs at place 0 where 6 were asked for"),
+        ("no mass", r"probabilities at place 0 that add up to 0"),
         ("too much mass", r"probabilities at place 0 that add up to 2\.\d+"),
         ("one document too few", "1 choices for 2 documents"),
     ],
@@ -398,6 +403,7 @@ def sglang_fault(change: Callable[[dict[str, Any]], Any]) -> Callable[..., None]
         (lambda told: told["input_top_logprobs"][2].pop(), "5 logprobs at place 1 where 6 were asked for"),
         (lambda told: told["input_top_logprobs"].__setitem__(1, None), "in the place of a list"),
         (lambda told: told["input_top_logprobs"][1].__setitem__(0, [-1.0]), r"in the place of \[logprob, id, text\]"),
+        (lambda told: told["input_top_logprobs"][1][0].__setitem__(1, -1), r"-1, .* in the place of"),
         (lambda told: told["input_top_logprobs"][1].__setitem__(0, [None, 3, "x"]), "no natural logs"),
     ],
 )

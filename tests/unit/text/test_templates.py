@@ -167,3 +167,16 @@ def test_every_choice_of_the_config_is_a_template(repository: Path) -> None:
             continue
         found = locate_target(target, "template", ("research.text.",))
         assert found.__name__.lower() == path.stem and issubclass(found, AbstractTemplate)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("template", [Plain(), Alpaca(), Think()], ids=lambda template: type(template).__name__)
+def test_every_mark_spoils_a_chain_or_an_answer(template: AbstractTemplate, layout: str) -> None:
+    marks = template.marks(layout)
+    assert marks
+    for mark in marks:
+        parts = [(f"1\n{mark} 2", "3"), ("1", f"3\n{mark} 4")]
+        parts = [("", answer) if layout == "answer_only" else (chain, answer) for chain, answer in parts]
+        texts = [template.completion(chain, answer, layout) for chain, answer in parts]
+        read = [template.parse(text, layout) for text in texts]
+        assert any(one != Parsed(*part) for one, part in zip(read, parts, strict=True)), mark

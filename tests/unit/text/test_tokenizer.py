@@ -76,6 +76,17 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(kind: str, tmp_path: Path) -> N
         assert (other.pad_token_id, other.eos_token_id) == (0, 1)
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "gpt2"])
+def test_a_tokenizer_is_the_same_beside_any_model(model_type: str, tmp_path: Path) -> None:
+    """AutoTokenizer would read one beside a Qwen2 with that model's rules, and one token more."""
+    tokenizer = build_tokenizer("bpe", texts=["two and two make 4", "let us add 12345"] * 9, vocab_size=270)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    again = build_tokenizer(str(tmp_path))
+    assert len(again) == len(tokenizer) and tokenizer_sha256(again) == tokenizer_sha256(tokenizer)
+    assert again("let's add 12 and 345 ").input_ids == tokenizer("let's add 12 and 345 ").input_ids
+
+
 def test_another_vocabulary_or_eos_is_another_identity() -> None:
     one = build_tokenizer("characters", alphabet="01+=")
     assert tokenizer_sha256(one) == tokenizer_sha256(build_tokenizer("characters", alphabet="=+10"))
@@ -104,6 +115,7 @@ def test_remote_code_is_never_run(tmp_path: Path) -> None:
         json.dumps({"auto_map": {"AutoTokenizer": ["mine.Mine", None]}, "tokenizer_class": "Mine"})
     )
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.C"}}))
+    (tmp_path / "vocab.json").write_text("{}")
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Mine: pass\nclass C: pass")
     with pytest.raises(ConfigError, match="'bpe'; it is a folder that holds nothing readable"):
         build_tokenizer(str(tmp_path))
@@ -119,5 +131,12 @@ def test_what_cannot_be_built_says_why(tmp_path: Path) -> None:
         build_tokenizer("bpe", texts=SENTENCES, vocab_size=257)
     with pytest.raises(ConfigError, match=r"neither 'characters' nor 'bpe'; it is no folder"):
         build_tokenizer(str(tmp_path / "absent"))
-    with pytest.raises(ConfigError, match="it is a folder that holds nothing readable"):
+    told = r"is a folder that holds no tokenizer, none of tokenizer\.json, .*"
+    with pytest.raises(ConfigError, match=told + r"save one into it with tokenizer\.save_pretrained"):
+        build_tokenizer(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))  # the library makes one of no tokens
+    with pytest.raises(ConfigError, match=told):
+        build_tokenizer(str(tmp_path))
+    build_tokenizer("characters", alphabet="ab").save_pretrained(tmp_path / "student")
+    with pytest.raises(ConfigError, match=rf"{told}; give {tmp_path / 'student'}, or give another folder"):
         build_tokenizer(str(tmp_path))
