@@ -316,7 +316,7 @@ class TraceData(L.LightningDataModule):
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
-        """Rows per split, what was dropped by reason, and tokens of the train documents.
+        """Rows per split, what was dropped by reason, rows that are no problem, and tokens of the train documents.
 
         ``mixture``, where there is one: name of each store -> traces taken from it, and documents made of them.
         """
@@ -329,6 +329,7 @@ class TraceData(L.LightningDataModule):
             "rows": {"train": len(documents), "val": len(self.documents("val")), "test": len(self.problems("test"))},
             **asked,
             "dropped": {split: dict(skipped) for split, skipped in self._skipped.items()},
+            "problems_left_out": dict(self.task.left_out),
             "train_tokens": int(length_D.sum()),
             "longest": int(length_D.max(initial=0)),
             "task": self.task.name,

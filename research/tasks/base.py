@@ -1,6 +1,7 @@
 """The task contract: problems that carry their verifier."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,6 +66,11 @@ class AbstractTask(ABC):
 
         Raises TooFewProblems, a ValueError, where the split does not hold ``num`` distinct problems.
         """
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """Rows of the task's files that are a problem of no split, by reason; none of a task that is generated."""
+        return {}
 
     @abstractmethod
     def verify(self, problem: Problem, answer: str | None) -> Verdict:

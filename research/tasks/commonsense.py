@@ -4,8 +4,8 @@ import re
 from functools import cached_property
 
 from research.records import Problem, Verdict
-from research.tasks.base import AbstractTask, Split
-from research.tasks.files import Hub, Official, Row, official_rows, with_hold_out
+from research.tasks.base import AbstractTask
+from research.tasks.files import FromFiles, Hub, Official, Row, official_rows, with_hold_out
 from research.tasks.word_problems import DataDir
 
 FILES = {"train": "traces/cqa_palm540b_train.jsonl.gz", "test": "traces/cqa_palm540b_test.jsonl.gz"}
@@ -21,7 +21,7 @@ def _from_hub(row: Row) -> Row:
 HUB = Hub("tau/commonsense_qa", None, {"train": "train", "test": "validation"}, _from_hub)
 
 
-class CommonsenseQa(AbstractTask):
+class CommonsenseQa(FromFiles, AbstractTask):
     """CommonsenseQA, 9,741 / 1,221: the question, then its choices as ``(a) ..``, one per line; the answer is the
     text of a choice.
 
@@ -45,9 +45,6 @@ class CommonsenseQa(AbstractTask):
         """All problems, read at the first need."""
         rows = official_rows(self.data_dir, FILES, ("question", "choices", "answer"), HUB)
         return with_hold_out(map(_problem, rows["train"]), map(_problem, rows["test"]))
-
-    def problems(self, split: Split, num: int | None = None, seed: int = 0) -> list[Problem]:
-        return self.official.first(self.name, split, num)
 
     def verify(self, problem: Problem, answer: str | None) -> Verdict:
         choices = [_normalised(choice) for choice in problem.details.get("choices", ())]

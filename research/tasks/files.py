@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,6 +110,23 @@ class Official:
             held = f"split {split!r} holds only {len(found)} problems{left_out}; null takes all"
             raise TooFewProblems(name, num, held)
         return list(found[:num])
+
+
+class FromFiles(ABC):
+    """The part of a task whose problems, all of them, stand in files; ``official`` reads them at the first need."""
+
+    name: str
+
+    @property
+    @abstractmethod
+    def official(self) -> Official: ...
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        return self.official.dropped
+
+    def problems(self, split: Split, num: int | None = None, seed: int = 0) -> list[Problem]:
+        return self.official.first(self.name, split, num)
 
 
 def with_hold_out(train: Iterable[Problem], test: Iterable[Problem]) -> Official:

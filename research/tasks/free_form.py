@@ -10,8 +10,8 @@ from pathlib import Path
 
 from research.errors import ConfigError
 from research.records import Problem, Verdict
-from research.tasks.base import AbstractTask, Split
-from research.tasks.files import Official, split_by_text
+from research.tasks.base import AbstractTask
+from research.tasks.files import FromFiles, Official, split_by_text
 from research.tasks.math_verifier import MathVerifier
 from research.tasks.numbers import parse_number
 
@@ -20,7 +20,7 @@ EXPECTED = f"expected {PROBLEM_NAMES[0]} (or {', '.join(PROBLEM_NAMES[1:])}) and
 UNIT = re.compile(r"(.+?)\s+\([A-Za-z][A-Za-z ]+\)")
 
 
-class FreeFormMath(AbstractTask):
+class FreeFormMath(FromFiles, AbstractTask):
     """One JSON object per line with a problem, its answer and, where there is one, a chain.
 
     Read under the names of the word-problem sets in common use, whatever their case: ``problem``, ``question`` or
@@ -56,9 +56,6 @@ class FreeFormMath(AbstractTask):
             raise ConfigError(f"task.path is {str(self.path)!r}, which cannot be read: {error}") from None
         rows = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
         return split_by_text(self._problem(number, line) for number, line in rows)
-
-    def problems(self, split: Split, num: int | None = None, seed: int = 0) -> list[Problem]:
-        return self.official.first(self.name, split, num)
 
     def verify(self, problem: Problem, answer: str | None) -> Verdict:
         return self.verifier.verify(problem.answer, answer)

@@ -7,9 +7,9 @@ from typing import Literal
 
 from research.errors import ConfigError
 from research.records import Problem, Verdict
-from research.tasks.base import AbstractTask, Split, StepReport
+from research.tasks.base import AbstractTask, StepReport
 from research.tasks.expressions import NotArithmetic, evaluate
-from research.tasks.files import Hub, Official, Row, official_rows, split_by_text, with_hold_out
+from research.tasks.files import FromFiles, Hub, Official, Row, official_rows, split_by_text, with_hold_out
 from research.tasks.numbers import canonical, parse_number, verify_number
 from research.tasks.statements import ANNOTATION, report_on
 
@@ -33,7 +33,7 @@ SVAMP_HUB = Hub(
 DataDir = str | os.PathLike[str] | None
 
 
-class Gsm8k(AbstractTask):
+class Gsm8k(FromFiles, AbstractTask):
     """GSM8K: 7,473 / 1,319 grade-school problems with chains written by people.
 
     Official test; about a tenth of official train, by a hash of the question, is val. Answers are numbers, compared by
@@ -59,9 +59,6 @@ class Gsm8k(AbstractTask):
         rows = official_rows(self.data_dir, GSM8K_FILES, ("question", "answer"), GSM8K_HUB)
         return with_hold_out(map(self._problem, rows["train"]), map(self._problem, rows["test"]))
 
-    def problems(self, split: Split, num: int | None = None, seed: int = 0) -> list[Problem]:
-        return self.official.first(self.name, split, num)
-
     def verify(self, problem: Problem, answer: str | None) -> Verdict:
         return verify_number(problem.answer, answer)
 
@@ -78,7 +75,7 @@ class Gsm8k(AbstractTask):
         return Problem(0, row["question"].strip(), number_text(gold), chain.strip(), level)
 
 
-class Gsm8kR1(AbstractTask):
+class Gsm8kR1(FromFiles, AbstractTask):
     """The 1,319 GSM8K *test* questions that the released R1-distilled traces answer, split anew by question.
 
     8 tenths train, 1 val, 1 test, by a hash of the question. What was trained here must never be reported on the
@@ -103,9 +100,6 @@ class Gsm8kR1(AbstractTask):
         gold = {row["question"].strip(): str(row["answer"]) for row in self.rows}
         return split_by_text(Problem(0, question, number_text(answer)) for question, answer in gold.items())
 
-    def problems(self, split: Split, num: int | None = None, seed: int = 0) -> list[Problem]:
-        return self.official.first(self.name, split, num)
-
     def verify(self, problem: Problem, answer: str | None) -> Verdict:
         return verify_number(problem.answer, answer)
 
@@ -113,7 +107,7 @@ class Gsm8kR1(AbstractTask):
         return report_on(chain, problem.text)
 
 
-class Svamp(AbstractTask):
+class Svamp(FromFiles, AbstractTask):
     """SVAMP: 800 / 200 problems of one or two operations, each with its equation.
 
     Official test; about a tenth of official train, by a hash of the question, is val. The equations of a chain must
@@ -145,9 +139,6 @@ class Svamp(AbstractTask):
         """All problems, read at the first need."""
         rows = official_rows(self.data_dir, SVAMP_FILES, ("question", "equation", "answer"), SVAMP_HUB)
         return with_hold_out(map(self._problem, rows["train"]), map(self._problem, rows["test"]))
-
-    def problems(self, split: Split, num: int | None = None, seed: int = 0) -> list[Problem]:
-        return self.official.first(self.name, split, num)
 
     def verify(self, problem: Problem, answer: str | None) -> Verdict:
         return verify_number(problem.answer, answer)

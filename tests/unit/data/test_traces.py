@@ -25,6 +25,7 @@ from research.records import Problem, TokenBatch, Trace, Verdict
 from research.tasks.addition import Addition
 from research.tasks.arithmetic import ChainedSums
 from research.tasks.base import AbstractTask, Split
+from research.tasks.free_form import FreeFormMath
 from research.tasks.word_problems import Gsm8k, Gsm8kR1, Svamp
 from research.text.document import Document
 from research.text.formats import TRACE_FORMATS
@@ -38,7 +39,8 @@ NUM_TRAIN, NUM_VAL, NUM_TEST = 30, 6, 4
 
 def make(task: AbstractTask | None = None, **changes: Any) -> TraceData:
     options = {"num_train": NUM_TRAIN, "num_val": NUM_VAL, "num_test": NUM_TEST, "batch_size": 8, **changes}
-    return TraceData(task=task or Addition(min_digits=1, max_digits=4), template=Plain(), **options)
+    options.setdefault("template", Plain())
+    return TraceData(task=task or Addition(min_digits=1, max_digits=4), **options)
 
 
 def text_of(data: TraceData, document: Document) -> str:
@@ -118,6 +120,17 @@ def test_the_format_seed_alone_decides_which_chains_are_shuffled() -> None:
 def test_validation_documents_keep_the_reference_chain_whatever_is_trained_on() -> None:
     plain, swapped = make(ChainedSums()), make(ChainedSums(), trace_format="swapped_chain")
     assert plain.documents("val") == swapped.documents("val")
+
+
+def test_rows_of_a_file_that_are_no_problem_are_told(tmp_path: Path) -> None:
+    rows = [{"problem": f"What is {number} and 1?", "answer": number + 1, "chain": "add"} for number in range(60)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, [*rows, *rows[:4]])))
+    task = FreeFormMath(tmp_path / "mine.jsonl")
+    data = make(task, template=Alpaca(), tokenizer="bpe", vocab_size=300, num_train=None, num_val=None, num_test=None)
+    told = data.summary()
+    assert sum(told["problems_left_out"].values()) == 4 and sum(told["rows"].values()) == 60
+    assert all(reason.startswith("repeated in ") for reason in told["problems_left_out"])
+    assert make().summary()["problems_left_out"] == {}
 
 
 def test_what_is_too_long_is_dropped_and_counted() -> None:

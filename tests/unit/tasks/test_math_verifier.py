@@ -171,7 +171,7 @@ def test_a_file_of_free_form_problems(tmp_path: Path) -> None:
     path.write_text("\n".join(json.dumps(row) for row in [*rows, rows[0]]) + "\n\n")
     task = FreeFormMath(path, timeout_s=20)
     splits = [task.problems(split) for split in ("train", "val", "test")]  # type: ignore[arg-type]
-    assert sum(map(len, splits)) == 60 and sum(task.official.dropped.values()) == 1 and len(splits[0]) > 35
+    assert sum(map(len, splits)) == 60 and sum(task.left_out.values()) == 1 and len(splits[0]) > 35
     problem = splits[0][0]
     assert problem.chain == "add"
     assert task.verify(problem, problem.answer.replace("x+", "") + " + x") is CORRECT
