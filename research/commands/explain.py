@@ -76,6 +76,8 @@ def _no_choice(command: str, path: str, text: str) -> str:
     names = found[1].split() if found else []
     if not group:
         return f"no config {given!r}"
+    if given.endswith((".yaml", ".yml")):
+        return f"{group}={given}: there is no such file here; give the path of one, or one by name: {', '.join(names)}"
     extra = f"; it needs the extra: pip install 'research-distillation[{_EXTRAS[path]}]'" if path in _EXTRAS else ""
     file = _FILE.search(text)
     where = (

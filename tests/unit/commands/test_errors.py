@@ -37,6 +37,7 @@ NOT_COMPOSED: dict[str, tuple[str, ...]] = {
     "train data=mnits": ("no data 'mnits'", "nearest valid: mnist", "digits"),
     "train model@student=mpl": ("no model 'mpl'", "nearest valid: mlp"),
     "train experiment=mnist_sof": ("no experiment 'mnist_sof'", "nearest valid: mnist_soft_target"),
+    "train experiment=nothere.yaml": ("experiment=nothere.yaml: there is no such file here", "by name: ", "mnist_hard"),
     "train debug=slow": ("no debug 'slow'", "fast, overfit, profile"),
     "train hydra/launcher=submitit": ("no hydra/launcher 'submitit'", "basic"),
     "train model=mlp": ("'model' is no group", "model@student"),
