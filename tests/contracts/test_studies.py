@@ -112,6 +112,19 @@ def test_what_is_committed_is_what_is_made_today(name: str, tmp_path: Path) -> N
             assert path.read_bytes() == (committed / file).read_bytes(), f"{file} is another"
 
 
+def test_every_claim_is_written_down_and_names_its_studies() -> None:
+    """The page's rows against the study files: claim -> studies that ask it, also by a secondary comparison."""
+    table = (REPOSITORY / "docs" / "claims.md").read_text()
+    told = {
+        row[1]: set(row[2].split(", ")) for row in re.finditer(r"^\| (C\d\d) \|.*\| ([\w, ]+) \|$", table, re.MULTILINE)
+    }
+    asked: dict[str, set[str]] = {}
+    for name in STUDIES:
+        for claim in re.findall(r"C\d\d", read_study(REPOSITORY / "experiments" / name).claim):
+            asked.setdefault(claim, set()).add(name)
+    assert told == asked
+
+
 def test_the_check_sees_what_is_missing() -> None:
     study = read_study(REPOSITORY / "experiments" / "strong_to_weak")
     cfg = composed(cells(study)[0], study)
