@@ -30,7 +30,8 @@ def sentence_for(spec: ComparisonSpec, result: Comparison, verdict: str, reason:
         if spec.kind in SIZED and result.estimate < 0:  # the sentence tells the size, and the direction in a word
             low, high = (None if end is None else -end for end in (high, low))
         interval = f" ({100 * level_of(spec.kind):.0f} % interval {show(low)} to {show(high)})"
-    tail = f"{p_text(result)}, {result.n} paired seed{'s' if result.n != 1 else ''}"
+    what = "share of resamples against it" if spec.kind == "best_level" else "p"
+    tail = f"{p_text(result, what)}, {result.n} paired seed{'s' if result.n != 1 else ''}"
     ending = f"; {reason}" if verdict == INCONCLUSIVE and reason else ""
     return f"{_finding(spec, result.estimate)}{interval}, {tail}{ending}."
 
@@ -78,14 +79,14 @@ def _words(metric: str) -> str:
     return metric.partition("/")[2].replace("_", " ")
 
 
-def p_text(result: Comparison) -> str:
+def p_text(result: Comparison, what: str = "p") -> str:
     """``p = 0.0312 (smallest possible 0.0312)``; without the bracket where no smallest p is defined."""
     if result.p_value is None:
         return "no p"
     smallest = f" (smallest possible {result.smallest_p:.3g})" if result.smallest_p is not None else ""
     if result.p_value == 0:  # a share of resamples can be 0; what it stands for cannot
-        return f"p < {1 / DRAWS:.3g}"
-    return f"p = {result.p_value:.3g}{smallest}"
+        return f"{what} < {1 / DRAWS:.3g}"
+    return f"{what} = {result.p_value:.3g}{smallest}"
 
 
 def number(value: float | None) -> str:

@@ -96,4 +96,4 @@ def test_overview_leaves_a_readme_without_markers_and_refuses_a_lone_one(worksho
 
 def test_a_share_of_no_resample_is_not_printed_as_zero() -> None:
     found = Comparison(3.0, 3.0, 19.0, 0.0, "share of seed bootstraps", 5, None, "temperature", ())
-    assert p_text(found) == "p < 0.0001"
+    assert p_text(found) == "p < 0.0001" and p_text(found, "share against it") == "share against it < 0.0001"
