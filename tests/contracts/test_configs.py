@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ NODES = (
 )  # fmt: skip
 OF_CLASSES = ("digits", "mnist", "speech")  # they are not shrunk, but for their steps
 OTHER_SIZES = tuple(f"r1_distill_{size}" for size in ("qwen_7b", "qwen_14b", "qwen_32b", "llama_70b"))  # of one file
-LONG = [name for name in EXPERIMENTS if name.startswith((*OF_CLASSES, *OTHER_SIZES))]
+ALIKE = ("sum3_teacher", "sum3_base")  # but for their numbers, sum3_sft
+LONG = [name for name in EXPERIMENTS if name.startswith((*OF_CLASSES, *OTHER_SIZES, *ALIKE))]
 OPTIONAL_LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 REAL_DATA = {
     "data.mnist.Mnist": "mnist", "spoken_digits.SpokenDigits": "fsdd", "word_problems.Gsm8k": "gsm8k",
@@ -392,10 +393,10 @@ def test_p30_every_experiment_runs_shrunk(
 Run = tuple[str, tuple[str, ...]]  # command and overrides
 
 
-def runs_of(study: Study) -> dict[Run, Cell]:
+def runs_of(study: Study, presets: Iterable[str | None]) -> dict[Run, Cell]:
     """Every run that differs from the others, by what is run."""
     found: dict[Run, Cell] = {}
-    for preset in (None, *study.presets):
+    for preset in presets:
         found |= {("train", cell.overrides): cell for cell in cells(study, preset)}
         for item in requirements(study, preset):
             found[item.command, item.overrides] = Cell(item.name, {}, 0, item.overrides, item.key)
@@ -415,9 +416,10 @@ def few_of(runs: dict[Run, Cell]) -> dict[Run, Cell]:
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", STUDIES)
 def test_p112_every_run_of_every_study_composes(name: str, every: bool) -> None:
+    """Here the study itself, in as few runs as hold all of its overrides; `slow`: each run, and those of presets."""
     study = read_study(REPOSITORY / "experiments" / name)
     folders = {required: f"/nowhere/{required}" for required in study.requires}
-    runs = runs_of(study)
+    runs = runs_of(study, (None, *study.presets) if every else (None,))
     for (command, _), cell in (runs if every else few_of(runs)).items():
         cfg = composed(command, *cell.filled(folders, "/nowhere/runs"))
         check_nodes(cfg)

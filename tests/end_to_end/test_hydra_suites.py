@@ -47,6 +47,7 @@ class TestBatches(BatchedSweeperTestSuite):
 
 
 # in memory: one of these tests sweeps the same folder twice, which is a resume with nothing left to do
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task_launcher_cfg", "extra_flags"),
     [({}, ["-m", "hydra/launcher=basic", "hydra/sweeper/study_storage=memory", *GRID])],

@@ -526,7 +526,10 @@ main()
 """
 
 
-@pytest.mark.parametrize("more", [(), ("hydra.sweeper.subprocess=true",), ("hydra.sweeper.mode=workers",)])
+@pytest.mark.parametrize(
+    "more",
+    [(), pytest.param(("hydra.sweeper.subprocess=true",), marks=SLOW), ("hydra.sweeper.mode=workers",)],
+)
 def test_any_application_with_any_ends(more: tuple[str, ...], tmp_path: Path) -> None:
     """Another config, working folders, numbers of numpy, an exit, a text that is no text; never the sweep's end."""
     (tmp_path / "app.py").write_text(ODD_APP)

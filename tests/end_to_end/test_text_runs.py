@@ -314,9 +314,9 @@ def test_p81_a_killed_run_goes_on_to_the_weights_of_one_that_was_not(distill: Di
     "flags",
     [
         pytest.param(("trainer.max_epochs=2",), id="epochs"),
-        pytest.param(("trainer.max_steps=13", "trainer.check_val_every_n_epoch=1"), id="a validation before the end"),
+        pytest.param(("trainer.max_steps=13",), id="a validation before the end", marks=pytest.mark.slow),
         pytest.param(("budget.tokens=2000", "trainer.max_epochs=-1"), id="budget"),
-        pytest.param(("early_stopping=threshold", "early_stopping.threshold=9"), id="early"),
+        pytest.param(("early_stopping=threshold", "early_stopping.threshold=9"), id="early", marks=pytest.mark.slow),
     ],
 )
 def test_p81_a_run_killed_while_it_is_scored_leaves_the_same_record(

@@ -135,7 +135,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 # Micro-batches: in the first step, in a block's first and second step, at the end of an epoch, at the start of one.
-CALLS = (2, 3, 8, 12, 13, 22)
+CALLS = (2, *(pytest.param(call, marks=pytest.mark.slow) for call in (3, 8, 12)), 13, 22)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -279,7 +279,7 @@ def test_generations_descend_from_what_fits(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("outcome", ["all", "some", "none"])
-@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("several", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "sampler",
     [TPE, GP, NSGAII, {**NSGAII, "name": "nsgaiii"}, {"name": "cmaes", "with_margin": True}, {"name": "random"},
