@@ -43,8 +43,10 @@ def check_validations_end_steps(trainer: L.Trainer) -> None:
     """
     every: Any = trainer.val_check_batch
     micro_batches = int(trainer.accumulate_grad_batches)
+    if not trainer.enable_validation or not isinstance(every, int):  # by time, or at the end of data without a length
+        return
     within = trainer.check_val_every_n_epoch is None or every < trainer.num_training_batches
-    if trainer.enable_validation and within and isinstance(every, int) and every % micro_batches:
+    if within and every % micro_batches:
         raise ConfigError(
             f"trainer.val_check_interval validates every {every} batches, within an optimizer step of "
             f"trainer.accumulate_grad_batches={micro_batches}: give a multiple"

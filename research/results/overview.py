@@ -67,6 +67,7 @@ def write_overview(readme: Path, experiments: str | Path) -> bool:
 
 def _effect(comparison: Mapping[str, Any]) -> tuple[str, str]:
     unit = comparison["unit"] or ""
-    level = "" if comparison["level"] == 0.95 else f" ({100 * comparison['level']:.0f} %)"
+    confidence = comparison.get("level", 0.95)  # a verdict of before says none
+    level = "" if confidence == 0.95 else f" ({100 * confidence:.0f} %)"
     interval = f"{number(comparison['low'])} to {number(comparison['high'])}{level}"
     return f"{number(comparison['estimate'])} {unit}".strip(), interval

@@ -177,7 +177,8 @@ def _from_hugging_face(path: Path, facts: DataFacts, dtype: str) -> LoadedNetwor
         return _loaded(HuggingFaceClassifier(path, input_shape=shape, num_classes=classes), facts, str(path))
     _refuse_other_tokens(path, facts.get("tokenizer_sha256"))
     description = {"_target_": PRETRAINED, "path": str(path), "dtype": dtype}
-    return _loaded(build_network(description, key="teacher", **facts), facts, str(path))
+    compared = DataFacts(**{**facts, "tokenizer_sha256": None})  # above, and not once more
+    return _loaded(build_network(description, key="teacher", **compared), facts, str(path))
 
 
 def _loaded(network: nn.Module, facts: DataFacts, source: str) -> LoadedNetwork:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -269,6 +270,7 @@ def test_a_validation_within_an_optimizer_step_is_refused(kit: SimpleNamespace) 
     fitted(val_check_interval=1.0)
     fitted(val_check_interval=3, limit_val_batches=0)
     fitted(val_check_interval=10, check_val_every_n_epoch=None)
+    fitted(val_check_interval=timedelta(hours=1))
 
 
 KILLED = f"""

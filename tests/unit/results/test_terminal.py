@@ -65,6 +65,13 @@ def test_overview_lists_every_verdict_between_its_markers(workshop, tmp_path: Pa
     assert text.startswith(f"before\n{BEGIN}\n| study |") and text.endswith(f"{END}\nafter\n") and "old" not in text
     comparison = json.loads((folder / "verdict.json").read_text())["comparison"]
     row = next(line for line in overview_table(folder.parent).splitlines() if "[digits]" in line)
+    told = json.loads((folder / "verdict.json").read_text())
+    for level, shown in ((0.95, row), (None, row), (0.9, row.replace(" | 12 |", " (90 %) | 12 |"))):
+        told["comparison"] = (
+            {**comparison, "level": level} if level else {k: comparison[k] for k in comparison if k != "level"}
+        )
+        (folder / "verdict.json").write_text(json.dumps(told))
+        assert shown in overview_table(folder.parent)
     assert f"| {comparison['estimate']:.4g}" in row and "| **HOLDS** |" in row and row.endswith("| 12 |")
 
 
