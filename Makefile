@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# many processes import the same modules: what the first has compiled is kept for the others, whatever the shell says
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all lint install clean
 

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import logging
 import os
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -84,15 +85,29 @@ def distill() -> Callable[..., Done]:
     """`distill("train", "seed=1", cwd=folder)`: the console command's own function, called in this process."""
 
     def call(*arguments: str, cwd: Path) -> Done:
-        out, err, code = io.StringIO(), io.StringIO(), 0
-        with _called_as(["distill", *arguments], cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                main()
-            except SystemExit as ended:
-                code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        return Done(code, out.getvalue(), err.getvalue())
+        return _done(main, ["distill", *arguments], cwd)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def run_script() -> Callable[..., Done]:
+    """`run_script(file, "x=1,2", cwd=folder)`: a program's own file, run as the main program in this process."""
+
+    def call(file: Path, *arguments: str, cwd: Path) -> Done:
+        return _done(lambda: runpy.run_path(str(file), run_name="__main__"), [str(file), *arguments], cwd)
+
+    return call
+
+
+def _done(program: Callable[[], Any], argv: list[str], cwd: Path) -> Done:
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with _called_as(argv, cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            program()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,9 @@ def open_study(store: TrialStore, terms: Mapping[str, Any], *, resume: str, on_c
         study = store.study()
         _refuse_directions(store)
     if store.terms.objectives:
-        study.set_metric_names(list(store.terms.objectives))
+        with warnings.catch_warnings():  # Optuna calls the names that its dashboard shows experimental
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(list(store.terms.objectives))
     study.set_user_attr(TERMS, dict(terms))
     return False
 

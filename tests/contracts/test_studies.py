@@ -68,14 +68,15 @@ class Runs:
         return self._configs[arm]
 
 
+@pytest.mark.parametrize("presets", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["study", "presets"])
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_preset_measures_what_is_compared_and_drawn(name: str) -> None:
+def test_every_study_measures_what_is_compared_and_drawn(name: str, presets: bool) -> None:
     study = read_study(REPOSITORY / "experiments" / name)
     needed = [(arm, metric) for arm, metric in compared(study) if ON_REQUEST.search(metric)]
     drawn = [spec.metric for spec in study.curves if ON_REQUEST.search(spec.metric)]
     if not needed and not drawn:
         return
-    for preset in (None, *study.presets):
+    for preset in study.presets if presets else (None,):
         runs = Runs(study, preset)
         for arm, metric in needed:
             if arm in runs.first:

@@ -60,21 +60,21 @@ def test_a_pruned_sweep_of_real_runs_and_its_best_file(
 
 @pytest.mark.parametrize("monitor", ["monitor=test/errors", "monitor=val/errors,test/errors"])
 def test_a_search_by_the_test_split_is_refused_before_a_trial(
-    monitor: str, run_console: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path
+    monitor: str, distill: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path
 ) -> None:
     more = ("optimizer.lr=choice(0.003,0.001)", "hydra.sweeper.study_name=peek")
-    done = run_console("train", "-m", *SWEEP, *tiny, *more, monitor, cwd=tmp_path)
-    assert done.returncode == 1 and "monitor is test/errors" in done.stderr, done.stderr
+    done = distill("train", "-m", *SWEEP, *tiny, *more, monitor, cwd=tmp_path)
+    assert done.code == 1 and "monitor is test/errors" in done.err, done.err
     assert not list(tmp_path.glob("outputs/peek/**/run.json")) and not (tmp_path / "outputs" / "peek" / "0").exists()
 
 
 def test_a_search_whose_trials_all_failed_has_failed(
-    run_console: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path
+    distill: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path
 ) -> None:
     more = ("optimizer.lr=choice(0.003,0.001)", "hydra.sweeper.study_name=wrong", "hydra.sweeper.n_trials=2")
-    done = run_console("train", "-m", *SWEEP, *tiny, *more, "evaluation.bias_classes=[99]", cwd=tmp_path)
-    assert done.returncode == 1 and "no trial of the sweep 'wrong' was completed (2 failed)" in done.stderr, done.stderr
-    assert "Trial 0 ended with: ConfigError: evaluation.bias_classes" in done.stderr
+    done = distill("train", "-m", *SWEEP, *tiny, *more, "evaluation.bias_classes=[99]", cwd=tmp_path)
+    assert done.code == 1 and "no trial of the sweep 'wrong' was completed (2 failed)" in done.err, done.err
+    assert "Trial 0 ended with: ConfigError: evaluation.bias_classes" in done.err
     assert [row["state"] for row in rows_of(tmp_path / "outputs" / "wrong")] == ["failed"] * 2
 
 

@@ -1,4 +1,7 @@
-"""The sweeper through its own command, in processes of their own: kills, states, workers, seeds, ranks, refusals."""
+"""The sweeper through its own command: kills, states, workers, seeds, ranks, refusals.
+
+Commands that are killed, stopped or start workers have a process of their own; the others run in this one.
+"""
 
 import csv
 import importlib.metadata
@@ -29,8 +32,8 @@ def takes_ctrl_c() -> None:
 class Sweep:
     """One sweep of the test application in a folder."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self.folder, self.arguments = folder / "sweep", arguments
+    def __init__(self, folder: Path, *arguments: str, run_script: Callable[..., Any]) -> None:
+        self.folder, self.arguments, self._run_script = folder / "sweep", arguments, run_script
 
     def command(self, *more: str) -> list[str]:
         return [
@@ -46,6 +49,11 @@ class Sweep:
         )  # fmt: skip
 
     def run(self, *more: str) -> str:
+        _, file, *arguments = self.command(*more)
+        if "hydra/launcher=joblib" not in arguments:
+            done = self._run_script(Path(file), *arguments, cwd=self.folder.parent)
+            self.code = done.code
+            return str(done.out + done.err)
         process = self.start(*more)
         out, _ = process.communicate(timeout=240)
         self.code = process.returncode
@@ -62,8 +70,12 @@ class Sweep:
 
 
 @pytest.fixture
-def sweep(tmp_path: Path) -> Callable[..., Sweep]:
-    return lambda *arguments: Sweep(tmp_path, *arguments)
+def sweep(tmp_path: Path, run_script: Callable[..., Any]) -> Callable[..., Sweep]:
+    def begun(*arguments: str, under: str = ".") -> Sweep:
+        (tmp_path / under).mkdir(exist_ok=True)
+        return Sweep(tmp_path / under, *arguments, run_script=run_script)
+
+    return begun
 
 
 def kill_all(process: "subprocess.Popen[str]", number: int) -> None:
@@ -381,17 +393,15 @@ def test_limits_end_a_sweep_early(sweep: Callable[..., Sweep]) -> None:
     assert [row["state"] for row in search.rows()].count("complete") == 5
 
 
-def test_points_by_hand_come_first_and_known_trials_are_copied(sweep: Callable[..., Sweep], tmp_path: Path) -> None:
+def test_points_by_hand_come_first_and_known_trials_are_copied(sweep: Callable[..., Sweep]) -> None:
     first = sweep("x=interval(-5,5)", "kind=a,b", "hydra.sweeper.n_trials=3")
     first.run("hydra.sweeper.enqueue=[{x: 1.25, kind: b}]")
     assert (first.rows()[0]["param:x"], first.rows()[0]["param:kind"]) == ("1.25", "b")
     copied = f"{{storage: {{name: journal, path: '{first.folder}/study.journal'}}, study_name: sweep}}"
-    second = Sweep(tmp_path / "second", "x=interval(-5,5)", "kind=a,b", "hydra.sweeper.n_trials=2")
-    second.folder.parent.mkdir()
+    second = sweep("x=interval(-5,5)", "kind=a,b", "hydra.sweeper.n_trials=2", under="second")
     out = second.run(f"hydra.sweeper.copy_from={copied}")
     assert [row["number"] for row in second.rows()] == ["3", "4"], out
-    third = Sweep(tmp_path / "third", "x=interval(-5,5)", "kind=a,b", "hydra.sweeper.n_trials=1")
-    third.folder.parent.mkdir()
+    third = sweep("x=interval(-5,5)", "kind=a,b", "hydra.sweeper.n_trials=1", under="third")
     for wrong, told in (
         ("hydra.sweeper.direction=maximize", "goes ['minimize'], this study ['maximize']"),
         ("hydra.sweeper.enqueue=[{x: 7}]", "outside"),
@@ -530,12 +540,12 @@ main()
     "more",
     [(), pytest.param(("hydra.sweeper.subprocess=true",), marks=SLOW), ("hydra.sweeper.mode=workers",)],
 )
-def test_any_application_with_any_ends(more: tuple[str, ...], tmp_path: Path) -> None:
+def test_any_application_with_any_ends(more: tuple[str, ...], sweep: Callable[..., Sweep], tmp_path: Path) -> None:
     """Another config, working folders, numbers of numpy, an exit, a text that is no text; never the sweep's end."""
     (tmp_path / "app.py").write_text(ODD_APP)
     (tmp_path / "plain.yaml").write_text("{kind: a, x: 1.0}\n")
     (tmp_path / "other.yaml").write_text("{kind: a, x: 2.5}\n")
-    search = Sweep(tmp_path)
+    search = sweep()
     command = [
         sys.executable, "app.py", "-m", "-cn", "other", "hydra/sweeper=optuna_study", "hydra.sweep.dir=sweep",
         "kind=exit,bytes,a,b", "hydra/sweeper/study_sampler=grid", "hydra.job.chdir=true", "hydra.sweeper.seeds=[1,2]",
@@ -564,7 +574,9 @@ main()
 
 
 @pytest.mark.parametrize("mode", ["batch", pytest.param("workers", marks=SLOW)])
-def test_a_module_runs_in_processes_of_its_own_from_its_jobs_folders(mode: str, tmp_path: Path) -> None:
+def test_a_module_runs_in_processes_of_its_own_from_its_jobs_folders(
+    mode: str, sweep: Callable[..., Sweep], tmp_path: Path
+) -> None:
     """`python -m` looks in the folder where the command was given, and not in that of the job."""
     package = tmp_path / "applied"
     package.mkdir()
@@ -577,7 +589,7 @@ def test_a_module_runs_in_processes_of_its_own_from_its_jobs_folders(mode: str, 
     ]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert [row["state"] for row in Sweep(tmp_path).rows()] == ["complete"] * 2, done.stderr
+    assert [row["state"] for row in sweep().rows()] == ["complete"] * 2, done.stderr
     assert (tmp_path / "sweep" / "1" / "here.txt").read_text() == str(tmp_path)
 
 
