@@ -17,9 +17,8 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/distill study experiments/demo hydra/launcher=joblib hydra.launcher.n_jobs=2
-	$(BIN)/distill study experiments/demo_traces hydra/launcher=joblib hydra.launcher.n_jobs=2
-	$(BIN)/distill study experiments/demo_methods hydra/launcher=joblib hydra.launcher.n_jobs=2
+	$(BIN)/distill study experiments/demo experiments/demo_traces experiments/demo_methods \
+		hydra/launcher=joblib hydra.launcher.n_jobs=2
 
 lint: install
 	$(BIN)/ruff check .

@@ -236,10 +236,11 @@ class ConvertConfig:
 
 @dataclass
 class StudyConfig:
-    """`distill study FOLDER`. `preset` is one of the study's own; `overrides` go to every train run: a trial."""
+    """`distill study FOLDER`. `folder` may be a list of several; `preset` is one of the study's own; `overrides` go to
+    every train run: a trial."""
 
     name: str = "study"
-    folder: str | None = None
+    folder: Any = None
     preset: str | None = None
     overrides: list[str] = field(default_factory=list)
     runs_dir: str | None = None

@@ -4,6 +4,7 @@ Imports neither torch nor Lightning: help, a misspelt key and reports answer at 
 """
 
 import importlib
+import itertools
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ from research.sweeps.grammar import quoted
 
 COMMANDS = ("train", "cache", "traces", "evaluate", "convert", "study", "report")
 POSITIONAL = {"study": "folder", "report": "folder", "evaluate": "run", "convert": "source"}
+SEVERAL = ("study",)
 
 
 def main() -> None:
@@ -37,14 +39,21 @@ def main() -> None:
 
 
 def _named(command: str, arguments: list[str]) -> list[str]:
-    """The first word of a command that takes a folder becomes `folder=...` where it is one, or no override."""
+    """The first words of a command that takes a folder become `folder=...` where they are one, or no override.
+
+    One word, but for a command of SEVERAL.
+    """
     key = POSITIONAL.get(command)
-    if not key or not arguments or arguments[0].startswith(("-", "+", "~")):
+    if key is None:
         return arguments
-    first = arguments[0]
-    if "=" in first and not Path(first).exists():
-        return arguments
-    return [f"{key}={quoted(first.rstrip('/') or first)}", *arguments[1:]]
+    words = list(itertools.takewhile(_is_a_path, arguments if command in SEVERAL else arguments[:1]))
+    paths = [quoted(word.rstrip("/") or word) for word in words]
+    value = paths[0] if len(paths) == 1 else f"[{','.join(paths)}]"
+    return [f"{key}={value}", *arguments[len(words) :]] if paths else arguments
+
+
+def _is_a_path(word: str) -> bool:
+    return not word.startswith(("-", "+", "~")) and ("=" not in word or Path(word).exists())
 
 
 def _conf_dir() -> Path:

@@ -76,6 +76,7 @@ class StudyRunner:
     shared_dir         where requirements lie, by name and hash of what makes them: studies share equal ones
     launcher           overrides that choose and set Hydra's launcher, such as ["hydra/launcher=joblib"]
     extra              overrides for every train run, cells and requirements alike: a trial, which is not collected
+    Raises ConfigError where the study's file is not one, or does not have this preset.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class StudyRunner:
     ) -> None:
         self.study: Study = read_study(folder)
         self.preset, self.runs_dir, self.shared_dir = preset, runs_dir.absolute(), shared_dir.absolute()
+        self._cells, self._requirements = cells(self.study, preset), requirements(self.study, preset)
         self._extra, self._launcher = tuple(extra), tuple(launcher)
         self._requirement_dirs: dict[str, str] = {}
         self._made: set[str] = set()
@@ -99,9 +101,8 @@ class StudyRunner:
 
         Raises ConfigError where a requirement failed, and naming every cell that did; the others are kept.
         """
-        waiting = requirements(self.study, self.preset)
+        waiting, found = self._requirements, self._cells
         required = {item.name: self._requirement_job(item) for item in waiting}
-        found = cells(self.study, self.preset)
         declared = [self._cell_job(cell) for cell in found]
         but_for_seeds = {cell.overrides: job for cell, job in zip(found, declared, strict=True)}
         self._check([*required.values(), *but_for_seeds.values()])

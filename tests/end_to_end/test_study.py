@@ -226,12 +226,31 @@ def test_an_unknown_preset_and_a_report_without_runs(
     )
 
 
-def test_a_trial_with_overrides_for_every_cell_is_not_reported(place: Place, study: Callable[..., Any]) -> None:
-    done = study('overrides=["trainer=smoke","tags=[trial]"]')
+def test_a_trial_of_two_studies_with_overrides_for_every_cell_is_not_reported(
+    place: Place, study: Callable[..., Any]
+) -> None:
+    other = place.folder.with_name("other")
+    other.mkdir()
+    (other / "study.yaml").write_text(STUDY.replace("study: tiny", "study: other"))
+    done = study("experiments/other", 'overrides=["trainer=smoke","tags=[trial]"]')
     assert done.code == 0, done.err
-    record = read_record(place.root / "outputs" / "studies" / "tiny" / "trial" / "soft" / "seed=1" / "run.json")
-    assert record.config["trainer"]["max_steps"] == 4 and record.overrides[-2:] == ["trainer=smoke", "tags=[trial]"]
+    assert done.out.count("a trial with trainer=smoke, tags=[trial]: its runs are in") == 2
+    for name in ("tiny", "other"):
+        record = read_record(place.root / "outputs" / "studies" / name / "trial" / "soft" / "seed=1" / "run.json")
+        assert record.config["trainer"]["max_steps"] == 4 and record.overrides[-2:] == ["trainer=smoke", "tags=[trial]"]
+    assert len(list(place.root.glob("outputs/shared/*/run.json"))) == 2, "what both require is made once"
     assert set(place.results()) == {"study.yaml"}, "a trial leaves the study's own results as they are"
+
+
+def test_several_studies_are_refused_before_the_first_runs(place: Place, study: Callable[..., Any]) -> None:
+    other = place.folder.with_name("other")
+    other.mkdir()
+    (other / "study.yaml").write_text(STUDY.replace("study: tiny", "study: other") + "presets: {small: {seeds: [0]}}\n")
+    assert "experiments/nowhere holds no study.yaml" in study("experiments/nowhere").error
+    assert "runs_dir is the place of one study's runs, and 2 were" in study("experiments/other", "runs_dir=x").error
+    assert "experiments/tiny, experiments/other/../tiny share a name" in study("experiments/other/../tiny").error
+    assert "no preset 'small'" in study("experiments/other", "preset=small").error
+    assert list(place.root.rglob("run.json")) == []
 
 
 @pytest.mark.slow

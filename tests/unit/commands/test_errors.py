@@ -148,6 +148,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "evaluate nowhere": ("run is nowhere", "no run.json"),
     "evaluate nowhere split=tset": ("split is 'tset'", "nearest valid: test"),
     "study": ("which study? give its folder", "none here"),
+    "study folder=3": ("folder is 3 (int): expected a study's folder",),
     "study nowhere": ("nowhere holds no study.yaml",),
     "report nowhere": ("nowhere holds no study.yaml",),
 }

@@ -102,6 +102,8 @@ def test_folders_need_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert _named("report", ["experiments/it's"]) == [r"folder='experiments/it\'s'"]
     assert _named("evaluate", ["/"]) == ["run='/'"]
     assert _named("evaluate", ["run=x"]) == ["run=x"]
+    assert _named("study", ["a", "b/", "preset=smoke"]) == ["folder=['a','b']", "preset=smoke"]
+    assert _named("evaluate", ["a", "b"]) == ["run='a'", "b"], "one run"
     assert _named("study", ["--help"]) == ["--help"] and _named("study", []) == []
     assert _named("train", ["x"]) == ["x"], "train takes no folder"
 
