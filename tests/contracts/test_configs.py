@@ -291,14 +291,6 @@ def test_p117_no_key_turns_on_remote_code() -> None:
 # -- experiments ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_p112_every_experiment_composes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRACES_STORE", "store")  # what some take from the environment, where nothing else is given
-    cfg = composed("train", f"experiment={name}")
-    check_nodes(cfg)
-    assert cfg.name == name, "an experiment's folder carries its name"
-
-
 @pytest.mark.parametrize("name", SEARCHES)
 def test_p112_every_search_composes(name: str) -> None:
     cfg = composed("train", f"hparams_search={name}")
@@ -308,15 +300,20 @@ def test_p112_every_search_composes(name: str) -> None:
 
 @pytest.fixture
 def shrunk(
-    stand_in: Callable[[str], Path], few_problems: Path, few_traces: Path, require_data: Callable[..., Path]
-) -> Callable[[str], list[str]]:
+    stand_in: Callable[[str], Path], few_problems: Path, few_traces: Path, require_data: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[str], list[str]]:  # fmt: skip
     """Overrides that make an experiment of text small: few problems, short answers, stand-ins for what is pretrained.
 
-    Experiments of classes stay as they are, and are skipped without their data.
+    As it stands it composes and what it names exists, also where it is skipped then: experiments of classes stay as
+    they are, and are skipped without their data.
     """
+    monkeypatch.setenv("TRACES_STORE", "store")  # what some take from the environment, where nothing else is given
 
     def overrides(name: str) -> list[str]:
         cfg = composed("train", f"experiment={name}")
+        check_nodes(cfg)
+        assert cfg.name == name, "an experiment's folder carries its name"
         if not str(cfg.data._target_).endswith(".TraceData"):
             real_data_of(cfg, require_data)
             return []
@@ -391,6 +388,9 @@ def test_p30_every_experiment_runs_shrunk(
 
 
 Run = tuple[str, tuple[str, ...]]  # command and overrides
+ONE_OF_MANY = re.compile(
+    r"=(-?\d[\d_]*(\.\d*)?(e[+-]?\d+)?|'\{(requires|arms)\.[^']*')$"
+)  # a number, another run's folder
 
 
 def runs_of(study: Study, presets: Iterable[str | None]) -> dict[Run, Cell]:
@@ -404,8 +404,8 @@ def runs_of(study: Study, presets: Iterable[str | None]) -> dict[Run, Cell]:
 
 
 def few_of(runs: dict[Run, Cell]) -> dict[Run, Cell]:
-    """Few that hold every override of all, but for seeds: always the one with most that are new."""
-    words = {run: {(run[0], word) for word in run[1] if not word.startswith("seed=")} for run in runs}
+    """Few that hold every override of all, of numbers and other runs one: always that with most that are new."""
+    words = {run: {(run[0], ONE_OF_MANY.sub("=", word)) for word in run[1]} for run in runs}
     missing, chosen = set[tuple[str, str]]().union(*words.values()), {}
     while missing:
         run = max(words, key=lambda run: len(words[run] & missing))
@@ -416,7 +416,7 @@ def few_of(runs: dict[Run, Cell]) -> dict[Run, Cell]:
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", STUDIES)
 def test_p112_every_run_of_every_study_composes(name: str, every: bool) -> None:
-    """Here the study itself, in as few runs as hold all of its overrides; `slow`: each run, and those of presets."""
+    """Here the study itself, in as few runs as hold all overrides; `slow`: each run, and those of presets."""
     study = read_study(REPOSITORY / "experiments" / name)
     folders = {required: f"/nowhere/{required}" for required in study.requires}
     runs = runs_of(study, (None, *study.presets) if every else (None,))

@@ -8,7 +8,7 @@ from research.results.study_file import read_study
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = (REPOSITORY / "Makefile").read_text().partition("\ndemo:")[2].partition("\n\n")[0]
-STUDIES = re.findall(r"distill study experiments/(\w+)", RECIPE)
+STUDIES = re.findall(r"experiments/(\w+)", RECIPE)
 
 
 def test_every_study_of_the_demo_is_left_out_of_the_table_of_verdicts(tmp_path: Path) -> None:
