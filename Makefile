@@ -25,12 +25,12 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# three workers on two cores: many tests wait, for a process that they kill or for a lease
+# two workers on two cores: each costs half a minute before its first test
 test: lint
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow" --durations=20
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --durations=20
 
 test-all: lint
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

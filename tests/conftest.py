@@ -5,7 +5,9 @@ import gc
 import importlib.util
 import io
 import logging
+import multiprocessing
 import os
+import pickle
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from research.commands.main import main
 
@@ -34,6 +38,31 @@ def _one_thread() -> None:
     """Tests run beside each other, and sums over several threads are not the same to the last bit everywhere."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _composed_in_half_the_time() -> Iterator[None]:
+    """In this process a YAML file is parsed once, until it changes, and Hydra composes a config once for a run.
+
+    It would once more, to ask the config for `hydra.mode`; no file of ours says it (test_configs.py).
+    """
+    asked, loaded, kept = Hydra.get_mode, OmegaConf.load, dict[tuple[str, int, int], bytes]()
+
+    def get_mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        return asked(self, config_name, overrides) if any("hydra.mode" in text for text in overrides) else None
+
+    def load(file: Any) -> Any:
+        path = Path(getattr(file, "name", file)).absolute()
+        state = path.stat()
+        key = (str(path), state.st_mtime_ns, state.st_size)
+        if key not in kept:
+            kept[key] = pickle.dumps(loaded(file))
+        return pickle.loads(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hydra, "get_mode", get_mode)
+        patch.setattr(OmegaConf, "load", staticmethod(load))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +137,52 @@ def _done(program: Callable[[], Any], argv: list[str], cwd: Path) -> Done:
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return Done(code, out.getvalue(), err.getvalue())
+
+
+class Begun:
+    """The console command at work in a process that was forked from this one; what it prints is in `out` and `err`."""
+
+    def __init__(self, arguments: tuple[str, ...], cwd: Path, out: Path, err: Path) -> None:
+        self.out, self.err = out, err
+        fork = multiprocessing.get_context("fork")  # it has imported what a fresh process would need ten seconds for
+        self.process = fork.Process(target=self._run, args=(["distill", *arguments], cwd))
+        self.process.start()
+
+    def _run(self, argv: list[str], cwd: Path) -> None:
+        sys.argv = argv
+        os.chdir(cwd)
+        with self.out.open("w") as out, self.err.open("w") as err:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                main()
+
+    @property
+    def code(self) -> int | None:
+        """What it ended with, below 0 a signal's number; None while it is at work."""
+        return self.process.exitcode
+
+    def signal(self, number: int) -> int | None:
+        """Send a signal, and wait for the end; returns the code."""
+        os.kill(int(self.process.pid or 0), number)
+        self.process.join(600)
+        return self.code
+
+
+@pytest.fixture
+def begin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Begun]]:
+    """`begin("train", "seed=1", cwd=folder)`: the console command, to be stopped or killed while it is at work."""
+    begun: list[Begun] = []
+
+    def start(*arguments: str, cwd: Path) -> Begun:
+        told = tmp_path_factory.mktemp("told")
+        begun.append(Begun(arguments, cwd, told / "out", told / "err"))
+        return begun[-1]
+
+    yield start
+    for one in begun:
+        one.process.kill()
+        one.process.join()
 
 
 @contextlib.contextmanager

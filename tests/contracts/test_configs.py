@@ -44,7 +44,8 @@ NODES = (
 )  # fmt: skip
 OF_CLASSES = ("digits", "mnist", "speech")  # they are not shrunk, but for their steps
 OTHER_SIZES = tuple(f"r1_distill_{size}" for size in ("qwen_7b", "qwen_14b", "qwen_32b", "llama_70b"))  # of one file
-ALIKE = ("sum3_teacher", "sum3_base")  # but for their numbers, sum3_sft
+# but for their numbers, sum3_sft, sum8_trace, and those of other pretrained networks
+ALIKE = ("sum3_teacher", "sum3_base", "sum8_teacher", "qwen2.5_1.5b_gsm8k_on_policy", "r1_distill_llama_8b")
 LONG = [name for name in EXPERIMENTS if name.startswith((*OF_CLASSES, *OTHER_SIZES, *ALIKE))]
 OPTIONAL_LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 REAL_DATA = {

@@ -107,11 +107,10 @@ def test_documented_commands_compose(
     if any(word.startswith("experiment=outputs/") for word in words):
         return  # a file that the command before it leaves; test_searches.py runs such a one
     printing = [] if {"--cfg", "--help", "-h", "--info"} & set(words) else ["--cfg", "job"]
-    done = distill(*[word for word in words if word not in ("-m", "--multirun")], *printing, cwd=place)
     if "-m" in words or "--multirun" in words:  # one value of each sweep stands for all
         kept = [word for word in words if not word.startswith(("-", "hydra")) and not re.search(r"=\w+\(", word)]
-        single = [re.sub(r"^([^=]*=)(\[[^\]]*\]|[^\[{'\",]*),.*$", r"\1\2", word) for word in kept]
-        done = distill(*single, "--cfg", "job", cwd=place)
+        words = [re.sub(r"^([^=]*=)(\[[^\]]*\]|[^\[{'\",]*),.*$", r"\1\2", word) for word in kept]
+    done = distill(*words, *printing, cwd=place)
     assert done.code == 0, f"{where}: {line}\n{done.err}"
 
 

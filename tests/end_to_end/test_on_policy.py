@@ -4,8 +4,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from research.results.record import RunRecord, read_record
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-PROGRAM = "from research.commands.main import main; main()"
 STEPS, EVERY = 24, 3
 TEXT = (
     "task=sum8", "task.num_terms=3", "template=plain", "model@student=llama", "student.hidden_size=32",
@@ -52,29 +49,24 @@ def flags_of(name: str, teacher: Path) -> tuple[str, ...]:
     return ("method=on_policy", "teacher=frozen", f"teacher.path='{teacher}'", *mixed)
 
 
-def killed_run(folder: Path, *flags: str) -> int:
+def killed_run(begin: Callable[..., Any], folder: Path, *flags: str) -> int:
     """Starts a run and kills it at a random moment after its first checkpoint; the step that it had saved."""
     last = folder / "checkpoints" / "last.ckpt"
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "train", *OWN, *flags, f"hydra.run.dir={folder}"],
-        cwd=folder.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
-        while process.poll() is None and not last.exists():
-            time.sleep(0.002)
-        time.sleep(random.Random(os.getpid()).uniform(0.0, 0.2))
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL, "it was still at work"
+    process = begin("train", *OWN, *flags, f"hydra.run.dir={folder}", cwd=folder.parent)
+    while process.code is None and not last.exists():
+        time.sleep(0.002)
+    time.sleep(random.Random(os.getpid()).uniform(0.0, 0.2))
+    assert process.signal(signal.SIGKILL) == -signal.SIGKILL, "it was still at work"
     return int(torch.load(last, weights_only=True)["global_step"])
 
 
 @pytest.mark.parametrize("name", ["on_policy", pytest.param("policy_gradient", marks=pytest.mark.slow)])
 def test_p81_p83_a_killed_run_goes_on_to_the_same_end(
-    name: str, distill: Distill, teacher: Path, tmp_path: Path
+    name: str, distill: Distill, begin: Callable[..., Any], teacher: Path, tmp_path: Path
 ) -> None:
     """SIGKILL at a random moment: weights, scores and everything that was spent are those of a run never killed."""
     whole, cut, flags = tmp_path / "whole", tmp_path / "cut", flags_of(name, teacher)
-    saved = killed_run(cut, *flags)
+    saved = killed_run(begin, cut, *flags)
     assert 0 < saved < STEPS and not (cut / "run.json").exists()
     records: list[RunRecord] = []
     for folder, resume in ((cut, ["ckpt_path=last"]), (whole, [])):

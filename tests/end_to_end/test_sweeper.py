@@ -300,7 +300,7 @@ def test_odd_values_reach_the_task_as_they_are(sweep: Callable[..., Sweep]) -> N
     assert found == ["c,d", "e=f", None, [3, "x y"], {"k": [1]}, "null", "it's"]
 
 
-@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=SLOW)])
 def test_a_trial_is_the_mean_over_its_seeds(alone: bool, sweep: Callable[..., Sweep]) -> None:
     search = sweep(
         "x=1,2", "hydra/sweeper/study_sampler=grid", "hydra.sweeper.seeds=[0,3,6]", f"hydra.sweeper.subprocess={alone}",
@@ -538,7 +538,7 @@ main()
 
 @pytest.mark.parametrize(
     "more",
-    [(), pytest.param(("hydra.sweeper.subprocess=true",), marks=SLOW), ("hydra.sweeper.mode=workers",)],
+    [(), *(pytest.param((f"hydra.sweeper.{how}",), marks=SLOW) for how in ("subprocess=true", "mode=workers"))],
 )
 def test_any_application_with_any_ends(more: tuple[str, ...], sweep: Callable[..., Sweep], tmp_path: Path) -> None:
     """Another config, working folders, numbers of numpy, an exit, a text that is no text; never the sweep's end."""

@@ -236,6 +236,7 @@ def test_a_redis_server_that_cannot_be_used_is_told_of(tmp_path: Path, monkeypat
         storage_spec({"name": "journal_redis", "url": url}, tmp_path).open()
 
 
+@pytest.mark.slow
 def test_a_grpc_proxy_serves_workers(tmp_path: Path) -> None:
     port = free_port()
     serve = (

@@ -1,12 +1,10 @@
 """Text from command to run folder and back: trained, graded, loaded elsewhere, scored again, killed and resumed."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -30,7 +28,6 @@ from research.text.templates import Plain
 from research.text.tokenizer import build_tokenizer, tokenizer_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-PROGRAM = "from research.commands.main import main; main()"
 SMALL = (
     "experiment=sum8_trace", "task.num_terms=3", "student.hidden_size=32", "student.num_layers=2", "data.num_train=320",
     "data.num_val=16", "data.num_test=50", "data.batch_size=32", "evaluation.max_new_tokens=16", "threads=1",
@@ -285,17 +282,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "student" / "model.safetensors")
 
 
-def test_p81_a_killed_run_goes_on_to_the_weights_of_one_that_was_not(distill: Distill, tmp_path: Path) -> None:
+def test_p81_a_killed_run_goes_on_to_the_weights_of_one_that_was_not(
+    distill: Distill, begin: Callable[..., Any], tmp_path: Path
+) -> None:
     """SIGKILL somewhere after the second epoch, in a run with dropout, packing, grouping and accumulation."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "train", *RESUMED, f"hydra.run.dir={cut}"],
-        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
-        while process.poll() is None and step_of(cut) < 10:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL, "it was still at work"
+    process = begin("train", *RESUMED, f"hydra.run.dir={cut}", cwd=tmp_path)
+    while process.code is None and step_of(cut) < 10:
+        time.sleep(0.002)
+    assert process.signal(signal.SIGKILL) == -signal.SIGKILL, "it was still at work"
     saved = torch.load(cut / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert 5 <= saved < 60 and not (cut / "run.json").exists()
     records: list[RunRecord] = []

@@ -86,23 +86,19 @@ def record_of(folder: Path) -> RunRecord:
 
 
 def test_a_killed_run_goes_on_and_gives_the_rows_of_one_that_was_not(
-    written: tuple[str, ...], console: Path, distill: Distill, tmp_path: Path
+    written: tuple[str, ...], begin: Callable[..., Any], distill: Distill, tmp_path: Path
 ) -> None:
     whole = distill(*written, "store=whole", cwd=tmp_path)
     assert whole.code == 0, whole.err
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [str(console), *written, "store=cut"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL
-    ) as process:
-        journal, shards = tmp_path / "cut" / "pending.jsonl", tmp_path / "cut" / "data"
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and process.poll() is None:
-            lines = journal.read_bytes().count(b"\n") if journal.exists() else 0
-            if len(list(shards.glob("shard-*"))) >= 1 and lines > 2:
-                break
-            time.sleep(0.0005)
-        os.kill(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL, "it was still at work"
+    process = begin(*written, "store=cut", cwd=tmp_path)
+    journal, shards = tmp_path / "cut" / "pending.jsonl", tmp_path / "cut" / "data"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.code is None:
+        lines = journal.read_bytes().count(b"\n") if journal.exists() else 0
+        if len(list(shards.glob("shard-*"))) >= 1 and lines > 2:
+            break
+        time.sleep(0.0005)
+    assert process.signal(signal.SIGKILL) == -signal.SIGKILL, "it was still at work"
     assert 1 <= len(list(shards.glob("shard-*"))) < 4
     with pytest.raises(StoreError, match="is not finished"):
         read_traces(tmp_path / "cut")

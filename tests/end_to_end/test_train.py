@@ -26,16 +26,33 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
+RUN = ("train", "trainer.max_epochs=3", "trainer.enable_progress_bar=false", "threads=1")
+
+
+def only_run_in(folder: Path) -> Path:
+    (record,) = (folder / "outputs" / "train").glob("*/run.json")
+    return record.parent
+
+
 @pytest.fixture(scope="module")
-def run(run_console: Callable[..., CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `distill train` leaves, through the real console command."""
-    folder = tmp_path_factory.mktemp("console")
-    done = run_console("train", "trainer.max_epochs=3", "trainer.enable_progress_bar=false", "threads=1", cwd=folder)
+def run(distill: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `distill train` leaves; several workers may make it, so it takes no process of its own."""
+    folder = tmp_path_factory.mktemp("run")
+    assert distill(*RUN, cwd=folder).code == 0
+    return only_run_in(folder)
+
+
+def test_the_console_command_leaves_what_its_function_leaves(
+    run: Path, run_console: Callable[..., CompletedProcess[str]], tmp_path: Path
+) -> None:
+    done = run_console(*RUN, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "a run that goes well says nothing on standard error"
     assert "test/errors" in done.stdout and done.stdout.splitlines()[-1].startswith("record: ")
-    (record,) = (folder / "outputs" / "train").glob("*/run.json")
-    return record.parent
+    there = only_run_in(tmp_path)
+    assert {path.name for path in there.iterdir()} == {path.name for path in run.iterdir()}
+    ours, theirs = read_record(run / "run.json"), read_record(there / "run.json")
+    assert theirs.metrics == ours.metrics and theirs.overrides == ours.overrides and theirs.config == ours.config
 
 
 def test_a_run_leaves_its_record(run: Path) -> None:

@@ -52,16 +52,16 @@ def test_p115_a_nested_target_is_a_value_of_the_wrong_type(capfd: pytest.Capture
 GROUPS = ("data", "teacher", "reference", "signal_transform", "method", "optimizer", "scheduler", "student")
 
 
-@pytest.mark.parametrize("target", ["os.system", "logging.os.system", "subprocess.Popen", "builtins.eval"])
 @pytest.mark.parametrize("group", GROUPS)
 def test_p115_foreign_targets_are_refused_in_every_group(
-    group: str, target: str, train_config: Callable[..., DictConfig], digits_teacher: Path
+    group: str, train_config: Callable[..., DictConfig], digits_teacher: Path
 ) -> None:
     cfg = train_config("teacher=frozen", f"teacher.path='{digits_teacher}'")
     OmegaConf.set_struct(cfg, False)
-    cfg[group] = {"_target_": target, "command": "exit 1"}
-    with pytest.raises(ConfigError, match=rf"{group}\._target_ is '{target}'; expected"):
-        config.build(cfg)
+    for target in ("os.system", "logging.os.system", "subprocess.Popen", "builtins.eval"):
+        cfg[group] = {"_target_": target, "command": "exit 1"}
+        with pytest.raises(ConfigError, match=rf"{group}\._target_ is '{target}'; expected"):
+            config.build(cfg)
 
 
 @pytest.mark.parametrize("group", ["trainer", "logger"])

@@ -1,10 +1,7 @@
 """The real command in a process of its own, stopped by a real signal, and gone on with in the same folder."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +11,6 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-PROGRAM = "from research.commands.main import main; main()"
 RUN = (
     "train",
     "seed=4",
@@ -35,21 +31,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
-def stop(number: signal.Signals, folder: Path) -> tuple[int, str]:
+def stop(number: signal.Signals, folder: Path, begin: Callable[..., Any]) -> tuple[int, str]:
     """Start the command, signal it in its second epoch; the exit code, and what was printed to standard error."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *RUN, f"hydra.run.dir={folder}"],
-        cwd=folder.parent,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    while process.poll() is None and not (folder / "progress.json").exists():  # written after the first epoch
+    process = begin(*RUN, f"hydra.run.dir={folder}", cwd=folder.parent)
+    while process.code is None and not (folder / "progress.json").exists():  # written after the first epoch
         time.sleep(0.01)
-    process.send_signal(number)
-    told = process.communicate(timeout=600)[1]
-    return process.returncode, told
+    return process.signal(number), process.err.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +51,10 @@ def whole(distill: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory)
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda number: number.name
 )
 def test_p86_p87_a_stopped_command_says_so_and_the_same_folder_goes_on(
-    distill: Callable[..., Any], tmp_path: Path, whole: Path, number: signal.Signals
+    distill: Callable[..., Any], begin: Callable[..., Any], tmp_path: Path, whole: Path, number: signal.Signals
 ) -> None:
     folder = tmp_path / "run"
-    code, told = stop(number, folder)
+    code, told = stop(number, folder, begin)
     assert code == 128 + number
     message = told.splitlines()[-1]
     assert message.startswith(f"error: stopped: {number.name} at step ") and str(folder) in message
