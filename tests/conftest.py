@@ -9,7 +9,9 @@ import multiprocessing
 import os
 import pickle
 import runpy
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +54,7 @@ def _composed_in_half_the_time() -> Iterator[None]:
         return asked(self, config_name, overrides) if any("hydra.mode" in text for text in overrides) else None
 
     def load(file: Any) -> Any:
-        path = Path(getattr(file, "name", file)).absolute()
+        path = Path(file if isinstance(file, str | Path) else file.name).absolute()
         state = path.stat()
         key = (str(path), state.st_mtime_ns, state.st_size)
         if key not in kept:
@@ -167,6 +169,13 @@ class Begun:
         os.kill(int(self.process.pid or 0), number)
         self.process.join(600)
         return self.code
+
+    def kill_when(self, reached: Callable[[], bool], later_s: float = 0.0) -> None:
+        """SIGKILL, so many seconds after `reached()`; the test fails where it had come to its end by itself."""
+        while self.code is None and not reached():
+            time.sleep(0.001)
+        time.sleep(later_s)
+        assert self.signal(signal.SIGKILL) == -signal.SIGKILL, f"it had ended by itself:\n{self.err.read_text()}"
 
 
 @pytest.fixture

@@ -3,10 +3,6 @@
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,6 @@ from safetensors.torch import load_file
 from research.results.record import RunRecord, read_record
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
-PROGRAM = "from research.commands.main import main; main()"
 STEPS, EVERY = 36, 3
 # dropout, packing, grouping and accumulation; one epoch, so that only checkpoints within it can be gone on from
 RUN = (
@@ -30,19 +25,11 @@ RUN = (
 )  # fmt: skip
 
 
-def killed_run(folder: Path, *flags: str) -> int:
+def killed_run(begin: Callable[..., Any], folder: Path, *flags: str) -> int:
     """Starts a run and kills it at a random moment after its first checkpoint; the step that it had saved."""
     last = folder / "checkpoints" / "last.ckpt"
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "train", *RUN, *flags, f"hydra.run.dir={folder}"],
-        cwd=folder.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
-        while process.poll() is None and not last.exists():
-            time.sleep(0.002)
-        time.sleep(random.Random(os.getpid() + len(flags)).uniform(0.0, 0.3))
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL, "it was still at work"
+    process = begin("train", *RUN, *flags, f"hydra.run.dir={folder}", cwd=folder.parent)
+    process.kill_when(last.exists, random.Random(os.getpid() + len(flags)).uniform(0.0, 0.3))
     assert [path.name for path in last.parent.iterdir() if path.suffix == ".ckpt"] == ["last.ckpt"]
     return int(torch.load(last, weights_only=True)["global_step"])
 
@@ -55,10 +42,10 @@ def killed_run(folder: Path, *flags: str) -> int:
     ],
 )
 def test_p81_a_killed_run_goes_on_within_its_epoch(
-    flags: tuple[str, ...], distill: Callable[..., Any], tmp_path: Path
+    flags: tuple[str, ...], distill: Callable[..., Any], begin: Callable[..., Any], tmp_path: Path
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    saved = killed_run(cut, *flags)
+    saved = killed_run(begin, cut, *flags)
     assert saved % EVERY == 0 and saved > 0 and not (cut / "run.json").exists()
     records: list[RunRecord] = []
     for folder, resume in ((cut, ["ckpt_path=last"]), (whole, [])):

@@ -3,8 +3,6 @@
 import os
 import random
 import shutil
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,10 +51,7 @@ def killed_run(begin: Callable[..., Any], folder: Path, *flags: str) -> int:
     """Starts a run and kills it at a random moment after its first checkpoint; the step that it had saved."""
     last = folder / "checkpoints" / "last.ckpt"
     process = begin("train", *OWN, *flags, f"hydra.run.dir={folder}", cwd=folder.parent)
-    while process.code is None and not last.exists():
-        time.sleep(0.002)
-    time.sleep(random.Random(os.getpid()).uniform(0.0, 0.2))
-    assert process.signal(signal.SIGKILL) == -signal.SIGKILL, "it was still at work"
+    process.kill_when(last.exists, random.Random(os.getpid()).uniform(0.0, 0.2))
     return int(torch.load(last, weights_only=True)["global_step"])
 
 

@@ -3,10 +3,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,6 @@ from research.teachers.load import load_network
 from research.text.tokenizer import build_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-PROGRAM = "from research.commands.main import main; main()"
 PHASES = (
     "loop.phases=[{name: answers, overrides: ['data.trace_format=answer_only', 'trainer.max_steps=12']}, "
     "{name: chains, overrides: ['optimizer.lr=0.002', 'trainer.max_steps=10', 'seed=8']}]"
@@ -148,18 +143,11 @@ def test_every_phase_takes_the_best_of_its_own_weights(distill: Callable[..., An
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_p81_a_run_killed_in_either_phase_goes_on(
-    folder: str, whole: Path, distill: Callable[..., Any], tmp_path: Path
+    folder: str, whole: Path, distill: Callable[..., Any], begin: Callable[..., Any], tmp_path: Path
 ) -> None:
     cut = tmp_path / "cut"
     last = cut / "phases" / folder / "checkpoints" / "last.ckpt"
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "train", *RUN, f"hydra.run.dir={cut}"],
-        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
-        while process.poll() is None and not last.exists():
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL, "it was still at work"
+    begin("train", *RUN, f"hydra.run.dir={cut}", cwd=tmp_path).kill_when(last.exists)
     assert not (cut / "phases" / folder / "run.json").exists() and not (cut / "run.json").exists()
     done = distill("train", *RUN, "ckpt_path=last", f"hydra.run.dir={cut}", cwd=tmp_path)
     assert done.code == 0, done.err
@@ -172,7 +160,7 @@ def test_p81_a_run_killed_in_either_phase_goes_on(
 
 @pytest.mark.slow
 def test_two_modes_then_the_student_s_own_words_in_both_killed_in_the_second_phase(
-    distill: Callable[..., Any], tmp_path: Path
+    distill: Callable[..., Any], begin: Callable[..., Any], tmp_path: Path
 ) -> None:
     """The published recipe from its committed file, small: killed on policy, it ends as one that was not."""
     small = (
@@ -189,14 +177,7 @@ def test_two_modes_then_the_student_s_own_words_in_both_killed_in_the_second_pha
     done = distill(*run, f"hydra.run.dir={whole}", cwd=tmp_path)
     assert done.code == 0, done.err
     last = cut / "phases" / "2_on_policy" / "checkpoints" / "last.ckpt"
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *run, f"hydra.run.dir={cut}"], cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
-        while process.poll() is None and not last.exists():
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL, "it was still at work"
+    begin(*run, f"hydra.run.dir={cut}", cwd=tmp_path).kill_when(last.exists)
     assert not (cut / "phases" / "2_on_policy" / "run.json").exists()
     done = distill(*run, f"hydra.run.dir={cut}", cwd=tmp_path)
     assert done.code == 0, done.err

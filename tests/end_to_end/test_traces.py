@@ -90,15 +90,13 @@ def test_a_killed_run_goes_on_and_gives_the_rows_of_one_that_was_not(
 ) -> None:
     whole = distill(*written, "store=whole", cwd=tmp_path)
     assert whole.code == 0, whole.err
-    process = begin(*written, "store=cut", cwd=tmp_path)
     journal, shards = tmp_path / "cut" / "pending.jsonl", tmp_path / "cut" / "data"
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.code is None:
+
+    def amid_a_shard() -> bool:
         lines = journal.read_bytes().count(b"\n") if journal.exists() else 0
-        if len(list(shards.glob("shard-*"))) >= 1 and lines > 2:
-            break
-        time.sleep(0.0005)
-    assert process.signal(signal.SIGKILL) == -signal.SIGKILL, "it was still at work"
+        return len(list(shards.glob("shard-*"))) >= 1 and lines > 2
+
+    begin(*written, "store=cut", cwd=tmp_path).kill_when(amid_a_shard)
     assert 1 <= len(list(shards.glob("shard-*"))) < 4
     with pytest.raises(StoreError, match="is not finished"):
         read_traces(tmp_path / "cut")
