@@ -2,16 +2,19 @@
 
     python experiments/performance/losses_benchmark.py                time and memory at every size, about an hour
     python experiments/performance/losses_benchmark.py time --classes 32000 --dtype float32
+    python experiments/performance/losses_benchmark.py time --against torchtune Liger --rounds 20       these arms alone
     python experiments/performance/losses_benchmark.py --smoke        the same in sizes of seconds, which say nothing
 
 The public ones come with `pip install '.[benchmark]'`; without it their rows say that they are missing. Times are CPU
 times of one thread, all arms in turn, as multiples of the floor: the four matrix products that nobody can leave out.
 Memory is the peak above the inputs, gradients included, each arm in a fresh process. Writes losses_results.json and its
-table in README.md beside this file; --smoke prints alone. Figures of sizes that are not run again are kept.
+table in README.md beside this file, but for --smoke and --against, which print. Figures of sizes that are not run again
+are kept.
 """
 
 import argparse
 import json
+import operator
 import os
 import statistics
 import subprocess
@@ -40,14 +43,15 @@ MEBIBYTE = 2**20
 def main(names: Sequence[str], chosen: argparse.Namespace) -> None:
     """Run the named benchmarks, or both, and write what they found."""
     path = HERE / "losses_results.json"
-    found = json.loads(path.read_text()) if path.exists() and not chosen.smoke else {}
+    prints_alone = chosen.smoke or chosen.against
+    found = json.loads(path.read_text()) if path.exists() and not prints_alone else {}
     for name in names or BENCHMARKS:
         for shape in shapes(SMOKE if chosen.smoke else SIZES[name], chosen):
             found.setdefault(name, {})[str(shape)] = BENCHMARKS[name](shape, chosen)
             print(name, shape, json.dumps(found[name][str(shape)]), flush=True)
-            if not chosen.smoke:
+            if not prints_alone:
                 path.write_text(json.dumps(found | {"about": about()}, indent=1) + "\n")
-    if chosen.smoke:
+    if prints_alone:
         print("\n".join(table(found)))
     else:
         write_between("losses", table(found))
@@ -72,6 +76,8 @@ def timed(shape: Shape, chosen: argparse.Namespace) -> dict[str, Any]:
     """CPU seconds of every arm, in turn, as multiples of the floor of the same round."""
     torch.set_num_threads(1)
     names = tuple(name for name in ARMS if name != SMALL_MEMORY and (chosen.compiled or name not in COMPILED))
+    if chosen.against:
+        names = ("floor", "chunked", *(name for name in names if name in chosen.against))
     arms, missing = arms_of(shape, names)
     work = Work(shape)
     agreement = {name: gradients_differ_by(work, name) for name in arms if name != "floor"}
@@ -89,6 +95,7 @@ def timed(shape: Shape, chosen: argparse.Namespace) -> dict[str, Any]:
             "floors": round(statistics.median(ratios), 3),
             "low": round(ratios[0], 3),
             "high": round(ratios[-1], 3),
+            "times_ours": round(statistics.median(map(operator.truediv, values, seconds["chunked"])), 3),
             "ms": round(1000 * statistics.median(values), 1),
             "rounds": len(values),
             "gradients_differ_by": agreement.get(name),
@@ -183,6 +190,9 @@ if __name__ == "__main__":
     parser.add_argument("--divergence", choices=list(BETA), nargs="*")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compiled", action="store_true", help="also with torch.compile, which takes minutes to start")
+    parser.add_argument(
+        "--against", choices=list(ARMS), nargs="*", help="time the floor, ours and these alone; writes nothing"
+    )
     parser.add_argument("--smoke", action="store_true", help="sizes of seconds; writes nothing")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     given = parser.parse_args()
