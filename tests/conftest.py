@@ -172,7 +172,9 @@ class Begun:
 
     def kill_when(self, reached: Callable[[], bool], later_s: float = 0.0) -> None:
         """SIGKILL, so many seconds after `reached()`; the test fails where it had come to its end by itself."""
+        deadline = time.monotonic() + 300
         while self.code is None and not reached():
+            assert time.monotonic() < deadline, f"it did not come so far in 300 s:\n{self.err.read_text()}"
             time.sleep(0.001)
         time.sleep(later_s)
         assert self.signal(signal.SIGKILL) == -signal.SIGKILL, f"it had ended by itself:\n{self.err.read_text()}"

@@ -77,7 +77,7 @@ def timed(shape: Shape, chosen: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     names = tuple(name for name in ARMS if name != SMALL_MEMORY and (chosen.compiled or name not in COMPILED))
     if chosen.against:
-        names = ("floor", "chunked", *(name for name in names if name in chosen.against))
+        names = ("floor", "chunked", *(name for name in ARMS if name in chosen.against))
     arms, missing = arms_of(shape, names)
     work = Work(shape)
     agreement = {name: gradients_differ_by(work, name) for name in arms if name != "floor"}
@@ -196,6 +196,8 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="sizes of seconds; writes nothing")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.against and given.names != ["time"]:
+        parser.error("--against chooses arms to time: write `time --against ...`")
     if given.peak:
         print_peak(given.peak)
     else:

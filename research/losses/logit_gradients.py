@@ -8,7 +8,8 @@ nothing overflows where a probability vanishes. In float32 a value is within 3e-
 
 A divergence without a form of its own, and a block in which a value does not come out finite (a class that does not
 exist has the logit ``-inf``), are differentiated by autograd through the definition. Only the values are looked at, not
-the logits: two passes over them would take a sixth of the time.
+the logits: two passes over them would take a sixth of the time. A mixture takes a class that one side alone lacks as
+one that is e**85 times less likely there, to 1e-5 nats in float32.
 """
 
 import functools
